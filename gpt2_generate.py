@@ -1,0 +1,84 @@
+"""Write stories with a checkpoint of gpt2_tinystories.py.
+
+    python gpt2_generate.py                                 the PROMPTS below, with the newest checkpoint
+    python gpt2_generate.py --prompt "Tom had a kite" --method sample --num-samples 3
+    python gpt2_generate.py --interactive                   type beginnings, read stories
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from gpt2_tinystories import InputError, generate_text, load_checkpoint, parse, pick_device, require, run, setting
+
+# Edit these two, or use --prompt and --model.
+PROMPTS = (
+    "Once upon a time, in a small village",
+    "One day, a little girl named Lily found",
+    "Tom and his dog went to the park.",
+)
+MODEL = ""  # a checkpoint folder; empty: the newest epoch under checkpoints/
+
+
+@dataclass(frozen=True)
+class Settings:
+    model: str = setting(MODEL, "checkpoint folder; if empty, the newest epoch under checkpoints/")
+    prompt: tuple = setting(PROMPTS, "beginning of a story; can be repeated")
+    method: str = setting("greedy", "greedy: the likeliest token each time; sample: draw one", ("greedy", "sample"))
+    max_length: int = setting(200, "most new tokens of a story")
+    temperature: float = setting(1.0, "for sample: below 1 plainer, above 1 wilder")
+    top_k: int = setting(0, "for sample: draw from so many likeliest tokens; 0: from all")
+    top_p: float = setting(0.9, "for sample: draw from the fewest tokens with this probability together")
+    num_samples: int = setting(1, "stories for each prompt")
+    seed: int = setting(42, "seed of sample; the story after it has the next seed")
+    device: str = setting("auto", "where to compute", ("auto", "cuda", "cpu", "mps"))
+    interactive: bool = setting(False, "ask for prompts until an empty line")
+
+    def __post_init__(self):
+        require(self.num_samples >= 1, "num_samples", self.num_samples, "must be at least 1")
+        require(self.method == "sample" or self.num_samples == 1, "num_samples", self.num_samples,
+                "greedy stories are all the same; add --method sample")
+
+
+def newest_checkpoint(folder="checkpoints"):
+    epochs = [path for path in Path(folder).glob("epoch_*") if re.fullmatch(r"epoch_\d+", path.name)]
+    if not epochs:
+        raise InputError(f"no epoch in {folder}/ yet: train first (python gpt2_tinystories.py), or give --model FOLDER")
+    return max(epochs, key=lambda path: int(path.name.removeprefix("epoch_")))
+
+
+def write_stories(model, prompt, settings):
+    """Print the stories for one prompt, each word as soon as it is complete."""
+    from transformers import TextStreamer
+
+    for seed in range(settings.seed, settings.seed + settings.num_samples):
+        generate_text(model, prompt, settings.max_length, settings.method, temperature=settings.temperature,
+                      top_k=settings.top_k, top_p=settings.top_p, seed=seed, streamer=TextStreamer(model.tokenizer))
+        print(flush=True)
+
+
+def prompts_typed():
+    """Yield the prompts that somebody types, up to an empty line or the end of the input."""
+    try:
+        while prompt := input("prompt> ").strip():
+            yield prompt
+    except EOFError:
+        print()
+
+
+def main(argv=None):
+    settings = parse(Settings, __doc__, argv)
+    folder = settings.model or newest_checkpoint()
+    model = load_checkpoint(folder, pick_device(settings.device))
+    print(f"[{folder}, {settings.method}]\n")
+    for prompt in prompts_typed() if settings.interactive else settings.prompt:
+        try:
+            write_stories(model, prompt, settings)
+        except InputError as error:
+            if not settings.interactive:
+                raise
+            print(error)
+
+
+if __name__ == "__main__":
+    run(main)

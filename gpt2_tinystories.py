@@ -1,0 +1,951 @@
+"""Train a small GPT-2 on TinyStories: one file, made to be read from top to bottom.
+
+    python gpt2_tinystories.py                              train: ./tinystories_local, else downloaded, else built in
+    python gpt2_tinystories.py --data stories.txt --epochs 2
+    python gpt2_generate.py                                 write stories with the newest checkpoint
+
+After every epoch it leaves checkpoints/epoch_N, a standard Hugging Face GPT-2 folder with a sample story in
+sample.txt, and plots/training_metrics.png and .csv. The same command again continues an interrupted run.
+
+Shapes in the comments: B stories in a batch, T tokens in a story, C = n_embd, H = n_head, D = C / H, V = vocab_size.
+"""
+
+import argparse
+import csv
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import ssl
+import sys
+import threading
+import time
+import urllib.request
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, fields
+from functools import cache
+from hashlib import blake2b
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+# transformers, datasets and matplotlib are imported where they are used: importing this file stays quick.
+
+HUB_STORIES, LOCAL_STORIES = "roneneldan/TinyStories", "tinystories_local"
+BUILT_IN, N_BUILT_IN = "built-in stories", 10_000
+END_OF_STORY = "<|endoftext|>"
+IGNORE = -100  # the target of padding
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# --- Configuration: a field is a flag, a row of the README's table and an entry of a checkpoint's training.json ------
+
+
+class InputError(ValueError):
+    """A mistake that the user can mend: shown as one line, exit code 2."""
+
+
+def require(condition, name, value, rule):
+    if not condition:
+        raise InputError(f"--{name.replace('_', '-')} {value}: {rule}")
+
+
+def setting(default, help, choices=None, free=False):
+    """A field of a settings class. free: an interrupted run may be continued with another value."""
+    return field(default=default, metadata={"help": help, "choices": choices, "free": free})
+
+
+@dataclass(frozen=True)
+class Settings:
+    data: str = setting("auto", "auto, sample, a save_to_disk folder, a .txt, .jsonl or .parquet file, or a Hub id")
+    fraction: float = setting(0.1, "share of the stories that is used")
+    test_fraction: float = setting(0.1, "share of those that is held out for testing")
+    tokenizer: str = setting("auto", "Hub name, folder or bpe:SIZE; auto is gpt2, for the built-in stories bpe:4096")
+    n_positions: int = setting(256, "longest story in tokens; longer ones are cut")
+    n_embd: int = setting(768, "width of the model")
+    n_layer: int = setting(2, "decoder layers")
+    n_head: int = setting(12, "attention heads of a layer")
+    n_inner: int = setting(1536, "width of the feed-forward layers")
+    dropout: float = setting(0.1, "share of the activations dropped in training")
+    epochs: int = setting(5, "passes over the training stories")
+    batch_size: int = setting(8, "stories in a batch")
+    accum_steps: int = setting(2, "batches accumulated in an optimizer step")
+    learning_rate: float = setting(3e-4, "peak learning rate of AdamW")
+    warmup_steps: int = setting(100, "steps of linear warm-up, at most a tenth of the run; then linear decay to zero")
+    weight_decay: float = setting(0.1, "weight decay of the matrices")
+    grad_clip: float = setting(1.0, "largest norm of the gradient")
+    seed: int = setting(42, "seed of everything random")
+    max_steps: int = setting(0, "stop after so many optimizer steps; 0: after all epochs")
+    save_every: float = setting(10.0, "minutes between saves inside an epoch", free=True)
+    device: str = setting("auto", "where to compute", ("auto", "cuda", "cpu", "mps"), free=True)
+    precision: str = setting("auto", "format of the matrix products", ("auto", "fp32", "bf16", "fp16"), free=True)
+    compile: str = setting("auto", "torch.compile; auto: on a CUDA GPU", ("auto", "on", "off"), free=True)
+    checkpoints: str = setting("checkpoints", "folder of the checkpoints", free=True)
+    plots: str = setting("plots", "folder of the plots", free=True)
+    overwrite: bool = setting(False, "start over although a run is there", free=True)
+    prompt: str = setting("Once upon a time, in a small village", "beginning of the samples", free=True)
+
+    def __post_init__(self):
+        for name in ("n_embd", "n_layer", "n_head", "n_inner", "epochs", "batch_size", "accum_steps"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+        for name in ("warmup_steps", "weight_decay", "seed", "max_steps", "save_every"):
+            require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "must be a number of at least 0")
+        for name in ("learning_rate", "grad_clip"):
+            require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "must be a number above 0")
+        require(self.n_positions >= 2, "n_positions", self.n_positions, "must be at least 2")
+        require(0 < self.fraction <= 1, "fraction", self.fraction, "must be above 0 and at most 1")
+        require(0 < self.test_fraction < 1, "test_fraction", self.test_fraction, "must be between 0 and 1")
+        require(0 <= self.dropout < 1, "dropout", self.dropout, "must be at least 0 and below 1")
+        require(self.n_embd % self.n_head == 0, "n_embd", self.n_embd, f"must be a multiple of --n-head {self.n_head}")
+        require(self.n_embd % 2 == 0, "n_embd", self.n_embd, "must be even: sines and cosines come in pairs")
+        require(self.prompt.strip(), "prompt", repr(self.prompt), "must not be empty")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise InputError(f"{message} (--help lists the flags)")
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows the defaults, and the description as it is written."""
+
+
+def parse(settings_class, description, argv=None):
+    """Read the command line into a settings class; a field whose default is a tuple is a flag that can be repeated."""
+    parser = Parser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+    for f in fields(settings_class):
+        kind, choices = type(f.default), f.metadata["choices"]
+        if kind is bool:
+            reading = {"action": "store_true"}
+        elif kind is tuple:
+            reading = {"action": "append", "metavar": "TEXT", "default": argparse.SUPPRESS}
+        else:
+            metavar = None if choices else {str: "TEXT", int: "N", float: "X"}[kind]
+            reading = {"type": kind, "default": f.default, "choices": choices, "metavar": metavar}
+        parser.add_argument("--" + f.name.replace("_", "-"), help=f.metadata["help"], **reading)
+    return settings_class(**vars(parser.parse_args(argv)))
+
+
+def run(main):
+    """Call main(); what a user can mend is shown as one line, without a traceback, and sets the exit code."""
+    try:
+        return main()
+    except InputError as error:
+        message, code = str(error), 2
+    except torch.OutOfMemoryError:
+        message, code = "out of memory: halve --batch-size and double --accum-steps, the updates stay the same", 2
+    except OSError as error:  # a full disk, a folder that cannot be written
+        message, code = str(error), 1
+    except KeyboardInterrupt:
+        message, code = "interrupted", 130
+    print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+# --- Data: stories, tokenizer, token ids, batches of similar length --------------------------------------------------
+
+
+@cache
+def hub_answers():
+    """Whether the Hugging Face Hub can be reached: found out once, within 10 s, without retries and warnings."""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        return False
+    request = urllib.request.Request(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), method="HEAD")
+    answers = []
+
+    def ask():
+        try:
+            answers.append(urllib.request.urlopen(request, timeout=8))
+        except OSError as error:  # a status like 404 is an answer too, and so is a certificate that Python can't check
+            if hasattr(error, "code") or isinstance(getattr(error, "reason", None), ssl.SSLError):
+                answers.append(error)
+
+    thread = threading.Thread(target=ask, daemon=True)  # the look-up of the host's name has no time limit of its own
+    thread.start()
+    thread.join(10)
+    return bool(answers)
+
+
+def load_stories(data, cache_dir):
+    """A datasets.Dataset with a column `text`, and the name of its source, for every form of --data."""
+    if data == "auto":
+        return load_default_stories(cache_dir)
+    if data == "sample":
+        from datasets import Dataset
+
+        from sample_stories import sample_stories
+
+        return Dataset.from_dict({"text": list(sample_stories(N_BUILT_IN))}), BUILT_IN
+    path = Path(data)
+    if path.exists():
+        require(path.is_dir() or path.suffix in (".txt", ".jsonl", ".parquet"), "data", data,
+                "neither a folder nor a .txt, .jsonl or .parquet file")
+    else:
+        require(re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", data) and path.suffix not in (".txt", ".jsonl", ".parquet"),
+                "data", data, "no such file or folder")
+        if not hub_answers():
+            os.environ["HF_HUB_OFFLINE"] = "1"  # read by datasets when it is imported: it then asks its cache alone
+    import datasets
+
+    try:
+        if path.is_dir():
+            stories = datasets.load_from_disk(data)
+        elif path.suffix == ".txt":
+            version = {"path": data, "size": path.stat().st_size, "changed": path.stat().st_mtime_ns}
+            stories = datasets.Dataset.from_generator(read_text_file, gen_kwargs=version, cache_dir=str(cache_dir))
+        elif path.exists():
+            kind = "json" if path.suffix == ".jsonl" else "parquet"
+            stories = datasets.load_dataset(kind, data_files=data, split="train", cache_dir=str(cache_dir))
+        else:
+            stories = datasets.load_dataset(data, split="train")
+    except (OSError, ValueError, TypeError, LookupError, datasets.exceptions.DatasetsError) as error:
+        cause = f"{error.__cause__ or error}"
+        where = "" if path.exists() or hub_answers() else "no such file or folder, and the Hub cannot be reached: "
+        raise InputError(f"--data {data}: {where or 'cannot be read as stories: '}{cause}") from error
+    if isinstance(stories, datasets.DatasetDict):
+        require("train" in stories, "data", data, f"has no split `train`, only {', '.join(stories)}")
+        stories = stories["train"]
+    kind = getattr(stories.features.get("text"), "dtype", None)
+    require(kind in ("string", "large_string"), "data", data,
+            f"needs a column `text` of strings; it has {', '.join(stories.column_names) or 'no columns'}")
+    return stories, path.name if path.exists() else data
+
+
+def load_default_stories(cache_dir):
+    """./tinystories_local; else TinyStories from the Hub, saved there; else, with no network, the built-in stories."""
+    if not Path(LOCAL_STORIES).exists():
+        print(f"stories    looking for {HUB_STORIES} on the Hugging Face Hub (about 1 GB, once)", flush=True)
+        try:
+            stories, _ = load_stories(HUB_STORIES, cache_dir)
+        except InputError as error:
+            cause = str(error).splitlines()[0]
+            print(f"{'=' * 100}\nTHE BUILT-IN STORIES are used: no ./{LOCAL_STORIES} here, and no download possible.\n"
+                  f"For the real ones run this again with a network, or copy a save_to_disk folder to ./{LOCAL_STORIES}\n"
+                  f"({cause})\n{'=' * 100}", flush=True)
+            return load_stories("sample", cache_dir)
+        shutil.rmtree(LOCAL_STORIES + ".tmp", ignore_errors=True)
+        stories.save_to_disk(LOCAL_STORIES + ".tmp")
+        os.rename(LOCAL_STORIES + ".tmp", LOCAL_STORIES)  # the folder is whole or absent
+    return load_stories(LOCAL_STORIES, cache_dir)
+
+
+def read_text_file(path, size, changed):
+    """Yield the stories of a text file, separated by <|endoftext|>. size and changed tell the cache its version."""
+    rest = ""
+    with open(path, encoding="utf-8") as file:
+        while part := file.read(1 << 20):
+            *stories, rest = (rest + part).split(END_OF_STORY)
+            yield from ({"text": story} for story in stories)
+    yield {"text": rest}
+
+
+def digest(text):
+    return blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def split_stories(stories, settings):
+    """(train, test, counts): a seeded random slice, without empty stories and duplicates, split in two."""
+    rng = np.random.default_rng(settings.seed)
+    n_chosen = max(1, round(settings.fraction * len(stories))) if len(stories) else 0
+    chosen = stories.select(np.sort(rng.choice(len(stories), n_chosen, replace=False)))
+    texts = ((text or "").strip() for rows in chosen.iter(1000) for text in rows["text"])
+    digests = np.fromiter((int(digest(text), 16) if text else 0 for text in texts), np.uint64, n_chosen)
+    _, first = np.unique(digests, return_index=True)  # the first story of each text
+    kept = rng.permutation(np.sort(first[digests[first] != 0]))
+    n_test = max(1, round(settings.test_fraction * len(kept)))
+    require(n_test < len(kept), "fraction", settings.fraction, f"leaves {len(kept)} of the {len(stories)} stories in "
+            f"--data {settings.data}, too few to train and test (a .txt separates its stories by {END_OF_STORY})")
+    test, train = np.sort(kept[:n_test]), np.sort(kept[n_test:])
+    n_empty = int((digests == 0).sum())
+    counts = {"stories": len(stories), "train_stories": len(train), "test_stories": n_test, "empty": n_empty,
+              "duplicates": n_chosen - n_empty - len(kept), "fingerprint": digest(str(digests[train].tolist()))}
+    return chosen.select(train), chosen.select(test), counts
+
+
+def load_tokenizer(name, stories=None):
+    """A Hugging Face tokenizer by its Hub name or folder; bpe:SIZE trains a byte-level BPE on the stories."""
+    from transformers import AutoTokenizer, logging
+
+    logging.set_verbosity_error()
+    if name.startswith("bpe:"):
+        return train_tokenizer(name, stories)
+    try:  # the local cache first: with no network transformers would retry for minutes
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # each kind of broken file raises another exception; the message names the cause
+        require(not Path(name).exists(), "tokenizer", name, f"cannot be read: {error}")
+        require(hub_answers(), "tokenizer", name, "not in the local cache, and the Hugging Face Hub cannot be reached; "
+                "run once with a network, or use bpe:4096")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise InputError(f"--tokenizer {name}: not to be had from the Hub: {error}") from error
+    require(len(tokenizer) > 256 and tokenizer.eos_token_id is not None, "tokenizer", name,
+            f"not usable: {len(tokenizer)} tokens, end of text {tokenizer.eos_token}")  # some loaders return empty ones
+    return tokenizer
+
+
+def train_tokenizer(name, stories):
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import GPT2Tokenizer
+
+    size = int(name[4:]) if name[4:].isdecimal() else 0
+    require(size > 256, "tokenizer", name, "needs a size of at least 257, for 256 bytes and the end of a story")
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=[END_OF_STORY], show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    bpe.train_from_iterator((rows["text"] for rows in stories.iter(1000)), trainer)
+    model = json.loads(bpe.to_str())["model"]
+    return GPT2Tokenizer(vocab=model["vocab"], merges=[tuple(merge) for merge in model["merges"]])
+
+
+def encode(tokenizer, texts):
+    """Token ids of texts. <|endoftext|> inside a text is read as plain characters, never as the end of a story."""
+    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+
+
+def encode_stories(stories, tokenizer, n_positions, cache_file):
+    """(ids, lengths, n_cut): a memory-mapped Arrow column of each story's ids with <|endoftext|> as the last, at most
+    n_positions + 1 of them; the number of targets of each story; how many tokens were cut off. Kept in cache_file."""
+    from datasets import Features, Sequence, Value
+
+    def encode_rows(rows):
+        ids = encode(tokenizer, [text.strip() for text in rows["text"]])
+        ids = [story + [tokenizer.eos_token_id] for story in ids]
+        return {"ids": [i[: n_positions + 1] for i in ids], "cut": [max(0, len(i) - n_positions - 1) for i in ids]}
+
+    cache_file.parent.mkdir(parents=True, exist_ok=True)
+    id_type = "uint16" if len(tokenizer) <= 1 << 16 else "int32"
+    encoded = stories.map(encode_rows, batched=True, remove_columns=stories.column_names, desc="tokenising",
+                          features=Features({"ids": Sequence(Value(id_type)), "cut": Value("int64")}),
+                          cache_file_name=str(cache_file), new_fingerprint=cache_file.stem)
+    ids = encoded.data.column("ids")
+    lengths = np.concatenate([np.diff(chunk.offsets) for chunk in ids.chunks]) - 1
+    return ids, lengths, int(np.sum(encoded.data.column("cut")))
+
+
+def epoch_batches(lengths, batch_size, seed, epoch):
+    """The batches of an epoch, arrays of story numbers, each story once: a pure function of its arguments. Stories of
+    similar length come together, sorted inside windows of 100 batches, so that little of a batch is padding."""
+    rng = np.random.default_rng((seed, epoch))
+    order = rng.permutation(len(lengths))
+    batches = []
+    for window in np.split(order, range(100 * batch_size, len(order), 100 * batch_size)):
+        window = window[np.argsort(lengths[window], kind="stable")]
+        batches += np.split(window, range(batch_size, len(window), batch_size))
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def pad_batch(stories):
+    """(input_ids, targets), both (B, T): the ids, and the same moved by one. Padding stands on the right, where causal
+    attention never looks, and is masked by length: the <|endoftext|> that ends a story is a target like any other."""
+    stories = [torch.from_numpy(story.values.to_numpy().astype(np.int64)) for story in stories]
+    ids = nn.utils.rnn.pad_sequence(stories, batch_first=True, padding_value=IGNORE)
+    return ids[:, :-1].clamp(min=0), ids[:, 1:]
+
+
+def make_loader(ids, batches):
+    """A DataLoader of (input_ids, targets) for batches of story numbers."""
+    pin_memory = torch.cuda.is_available()
+    return torch.utils.data.DataLoader(ids, batch_sampler=batches, collate_fn=pad_batch, pin_memory=pin_memory)
+
+
+# --- Model: GPT-2 (Radford et al., 2019) with its module names, as transformers.GPT2LMHeadModel computes it ----------
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.attn_pdrop = config.n_head, config.attn_pdrop
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.resid_dropout = nn.Dropout(config.resid_pdrop)
+
+    def forward(self, x, cache=None):
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, D)
+        if cache is not None:
+            if cache:
+                k, v = torch.cat((cache["k"], k), dim=2), torch.cat((cache["v"], v), dim=2)
+            cache.update(k=k, v=v)
+        # With a filled cache T is 1, and the one new token may look at everything.
+        dropout_p = self.attn_pdrop if self.training else 0.0
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=T > 1)
+        return self.resid_dropout(self.c_proj(x.transpose(1, 2).reshape(B, T, C)))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, config.n_inner)
+        self.c_proj = nn.Linear(config.n_inner, config.n_embd)
+        self.dropout = nn.Dropout(config.resid_pdrop)
+
+    def forward(self, x):
+        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cache=None):
+        x = x + self.attn(self.ln_1(x), cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """A GPT-2 with an output head of its own. config: a transformers.GPT2Config; tokenizer: for generate_text."""
+
+    def __init__(self, config, tokenizer=None):
+        super().__init__()
+        self.config, self.tokenizer = config, tokenizer
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.drop = nn.Dropout(config.embd_pdrop)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        std = config.initializer_range
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif parameter.dim() == 2:  # what a block adds to its input is scaled down, as there are 2 n_layer of them
+                nn.init.normal_(parameter, std=std / math.sqrt(2 * config.n_layer) if "c_proj" in name else std)
+        # A sinusoid's root mean square is sqrt(1/2): scaled to std, it is as large as the token embeddings.
+        position = math.sqrt(2) * std * sinusoid(config.n_positions, config.n_embd)
+        self.wpe.weight = nn.Parameter(position, requires_grad=False)
+
+    @property
+    def device(self):
+        return self.wte.weight.device
+
+    def forward(self, input_ids, cache=None):
+        """Logits (B, T, V) for the token after each of input_ids (B, T), with T at most n_positions.
+
+        cache, a list of an empty dict for each layer at first, lets the next call go on from here with one more token;
+        with a cache, only the logits of the last position are computed: (B, 1, V).
+        """
+        seen = cache[0]["k"].size(2) if cache and cache[0] else 0
+        positions = torch.arange(seen, seen + input_ids.size(1), device=input_ids.device)
+        x = self.drop(self.wte(input_ids) + self.wpe(positions))  # (B, T, C)
+        for i, block in enumerate(self.h):
+            x = block(x, cache[i] if cache else None)
+        return self.lm_head(self.ln_f(x[:, -1:] if cache else x))
+
+
+def sinusoid(n_positions, n_embd):
+    """(n_positions, n_embd): sines in even columns, cosines in odd ones; "Attention Is All You Need", section 3.5."""
+    frequencies = torch.exp(torch.arange(0, n_embd, 2) * (-math.log(10_000) / n_embd))
+    angles = torch.arange(n_positions)[:, None] * frequencies
+    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)
+
+
+@contextmanager
+def evaluation_mode(model):
+    """No dropout inside; afterwards the mode that was there before."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+# --- Generation ------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def generate_text(model, prompt, max_length=50, method="greedy", *, temperature=1.0, top_k=0, top_p=1.0,
+                  num_samples=1, seed=None, streamer=None):
+    """The prompt and at most max_length new tokens, up to <|endoftext|>: a str, or a list of them if num_samples > 1.
+
+    method: "greedy" takes the likeliest token; "sample" divides the logits by temperature and draws from the top_k
+    likeliest tokens (0: all), of those from the fewest that together have the probability top_p; the same seed draws
+    the same text. streamer, a transformers.TextStreamer, is given every token at once. When the context is full, its
+    older half is dropped. Raises InputError for an empty prompt, one that is too long, and values out of range.
+    """
+    require(method in ("greedy", "sample"), "method", method, "must be greedy or sample")
+    require(max_length >= 1, "max_length", max_length, "must be at least 1")
+    require(0 < temperature < math.inf, "temperature", temperature, "must be a number above 0")
+    require(top_k >= 0, "top_k", top_k, "must be at least 0")
+    require(0 < top_p <= 1, "top_p", top_p, "must be above 0 and at most 1")
+    require(num_samples >= 1, "num_samples", num_samples, "must be at least 1")
+    require(prompt.strip(), "prompt", repr(prompt), "must not be empty")
+    ids, n_positions, eos = encode(model.tokenizer, prompt), model.config.n_positions, model.tokenizer.eos_token_id
+    require(len(ids) <= n_positions, "prompt", repr(prompt[:30] + "…"), f"{len(ids)} tokens, {n_positions} fit")
+    generator = None if seed is None else torch.Generator(model.device).manual_seed(seed)
+    tokens = torch.tensor([ids] * num_samples, device=model.device)  # (B, T)
+    inputs, cache, ended = tokens, [{} for _ in model.h], torch.zeros_like(tokens[:, 0], dtype=torch.bool)
+    if streamer:
+        streamer.put(tokens.cpu())
+    with evaluation_mode(model):
+        for _ in range(max_length):
+            logits = model(inputs, cache)[:, -1]  # (B, V)
+            new = logits.argmax(-1) if method == "greedy" else draw(logits / temperature, top_k, top_p, generator)
+            ended |= new == eos
+            if ended.all():
+                break
+            tokens, inputs = torch.cat((tokens, new[:, None]), dim=1), new[:, None]
+            if cache[0]["k"].size(2) == n_positions:
+                inputs, cache = tokens[:, -(n_positions // 2) :], [{} for _ in model.h]
+            if streamer:
+                streamer.put(new.cpu())
+    if streamer:
+        streamer.end()
+    rows = [row[: row.index(eos, len(ids))] if eos in row[len(ids) :] else row for row in tokens.tolist()]
+    texts = [model.tokenizer.decode(row) for row in rows]
+    return texts if num_samples > 1 else texts[0]
+
+
+def draw(logits, top_k, top_p, generator):
+    """A random token (B,) for logits (B, V)."""
+    if top_k:
+        smallest = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest, -math.inf)
+    probabilities = logits.softmax(-1)
+    if top_p < 1:
+        ranked, order = probabilities.sort(descending=True)
+        ranked[ranked.cumsum(-1) - ranked >= top_p] = 0  # the likelier tokens before this one are enough
+        probabilities = torch.zeros_like(ranked).scatter(-1, order, ranked)
+    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+
+
+# --- Optimizer and schedule ------------------------------------------------------------------------------------------
+
+
+def pick_device(name):
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return next(device for device in there if there[device])
+    require(there[name], "device", name, "PyTorch finds none on this machine; use auto or cpu")
+    return name
+
+
+def pick_precision(name, device):
+    """auto: bf16 where the hardware multiplies it fast, fp16 on a CUDA GPU that has no bf16, fp32 elsewhere."""
+    require(name != "fp16" or device == "cuda", "precision", name, f"works on a CUDA GPU, not on {device}")
+    if name != "auto":
+        return name
+    if device == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    has = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return "bf16" if device == "cpu" and (has.get("avx512_bf16") or has.get("amx_bf16")) else "fp32"
+
+
+def learning_rate_at(step, n_steps, settings):
+    """The learning rate of optimizer step `step`, from 0: linear warm-up to the peak, then linear decay to zero."""
+    warmup = min(settings.warmup_steps, n_steps // 10)
+    return settings.learning_rate * min((step + 1) / (warmup + 1), (n_steps - step) / (n_steps - warmup))
+
+
+def make_optimizer(model, settings):
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": settings.weight_decay},
+              {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.99), fused=True)
+
+
+# --- Evaluation ------------------------------------------------------------------------------------------------------
+
+
+def score(model, input_ids, targets):
+    """Cross-entropy in nats and number of right guesses, both summed over the real tokens of a batch (0-d tensors)."""
+    logits = model(input_ids)  # (B, T, V)
+    loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+    return loss, (logits.argmax(-1) == targets).sum()
+
+
+@torch.no_grad()
+def evaluate(model, loader):
+    """(loss, accuracy) over all real tokens of the loader's batches: nats a token, share of right guesses."""
+    sums, n_tokens = [], 0
+    with evaluation_mode(model):
+        for input_ids, targets in loader:
+            n_tokens += int((targets != IGNORE).sum())
+            sums.append(torch.stack(score(model, input_ids.to(model.device), targets.to(model.device))))
+    loss, right = torch.stack(sums).cpu().double().sum(0).tolist()
+    return loss / n_tokens, right / n_tokens
+
+
+def compute_perplexity(model, test_loader):
+    """exp of the mean cross-entropy; each token counts the same, so that the batch size does not matter."""
+    return float(np.exp(evaluate(model, test_loader)[0]))
+
+
+# --- Checkpoints: Hugging Face GPT-2 folders -------------------------------------------------------------------------
+
+TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # (in, out) in a GPT-2 file, (out, in) in nn.Linear
+
+
+def file_name_of(name):
+    """What a tensor of the model is called in a GPT-2 file."""
+    return name if name == "lm_head.weight" else "transformer." + name
+
+
+def save_checkpoint(folder, model, record, sample=None, state=None):
+    """Write the model and its tokenizer as Hugging Face does, training.json, and if given sample.txt and
+    training_state.pt. All of it beside its final name, flushed and renamed: the folder is whole or absent."""
+    from safetensors.torch import save_file
+    from transformers import GenerationConfig
+
+    temporary, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
+    temporary.mkdir(parents=True)
+    eos = model.tokenizer.eos_token_id
+    model.config.save_pretrained(temporary)
+    GenerationConfig(bos_token_id=eos, eos_token_id=eos, pad_token_id=eos).save_pretrained(temporary)
+    model.tokenizer.save_pretrained(temporary)
+    weights = {file_name_of(name): (weight.T if name.endswith(TRANSPOSED) else weight).contiguous()
+               for name, weight in model.state_dict().items()}
+    save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
+    (temporary / "training.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+    if sample:
+        (temporary / "sample.txt").write_text(sample + "\n", encoding="utf-8")
+    if state:
+        torch.save(state, temporary / "training_state.pt")
+    for path in (*temporary.iterdir(), temporary):
+        flush(path)
+    if folder.exists():
+        folder.rename(old)
+    temporary.rename(folder)
+    flush(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def flush(path):
+    """Wait until a file or folder is on the disk."""
+    if path.is_file() or os.name == "posix":  # Windows opens no folders
+        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def replace_text(path, text):
+    """Write a small file, whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    flush(temporary)
+    os.replace(temporary, path)
+
+
+def load_checkpoint(folder, device="cpu"):
+    """The model in a checkpoint folder with its tokenizer, in eval mode. Raises InputError for anything unusable."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    from transformers import GPT2Config
+
+    folder = Path(folder)
+    try:
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if (values["model_type"], values["activation_function"]) != ("gpt2", "gelu_new"):
+            raise ValueError(f"a {values['model_type']} model with {values['activation_function']}, not a GPT-2")
+        model = GPT(GPT2Config(**values), load_tokenizer(str(folder)))
+        weights = load_file(folder / "model.safetensors")
+    except (OSError, ValueError, TypeError, LookupError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"{folder}: not a checkpoint that can be read: {error or type(error).__name__}") from error
+    n_known, vocab_size = len(model.tokenizer), model.config.vocab_size
+    if n_known != vocab_size:
+        raise InputError(f"{folder}: the tokenizer has {n_known} tokens, the model a vocabulary of {vocab_size}")
+    state = model.state_dict()
+    if strange := {file_name_of(name) for name in state} ^ set(weights):
+        raise InputError(f"{folder}: missing or unknown tensors, such as {min(strange)}")
+    for name, parameter in state.items():
+        weight = weights[file_name_of(name)].T if name.endswith(TRANSPOSED) else weights[file_name_of(name)]
+        if weight.shape != parameter.shape or not weight.isfinite().all():
+            raise InputError(f"{folder}: {name} {tuple(weight.shape)} holds numbers that are not finite, or is not of "
+                             f"the shape {tuple(parameter.shape)}")
+        parameter.copy_(weight)
+    return model.to(device).eval()
+
+
+# --- Plots -----------------------------------------------------------------------------------------------------------
+
+
+def write_plots(folder, record):
+    """training_metrics.png and training_metrics.csv: loss, accuracy and test perplexity, from the record of a run."""
+    from matplotlib.figure import Figure
+
+    curve, epochs, data = record["curve"], record["epochs"], record["data"]
+    at, last = [epoch["step"] for epoch in epochs], epochs[-1]
+    figure = Figure(figsize=(15, 4.5), layout="constrained")
+    size = f"{record['parameters'] / 1e6:.1f} M parameters"
+    figure.suptitle(f"{size}, {data['train_stories']:,} training stories from {data['source']}")
+    loss, accuracy, perplexity = figure.subplots(1, 3)
+    steps, losses = np.array(curve).T
+    width = max(1, len(curve) // 50)  # of the running mean
+    smooth = np.convolve(losses, np.ones(width) / width, "valid")
+    loss.plot(steps, losses, color="C0", alpha=0.25, linewidth=0.8)
+    loss.plot(steps[width - 1 :], smooth, color="C0", label="training, running mean")
+    loss.set(title="Loss", ylabel="cross-entropy, nats a token")
+    train_accuracy = [epoch["train_accuracy"] for epoch in epochs]
+    accuracy.plot(at, train_accuracy, "o-", color="C0", label="training, mean of the epoch")
+    accuracy.set(title="Accuracy", ylabel="share of next tokens guessed right")
+    perplexity.set(title="Perplexity", ylabel="test perplexity")
+    for axes, key in ((loss, "test_loss"), (accuracy, "test_accuracy"), (perplexity, "test_perplexity")):
+        axes.plot(at, [epoch[key] for epoch in epochs], "o-", color="C1", label=f"test, at last {last[key]:.3g}")
+        axes.set_xlabel("optimizer step")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / "training_metrics.png.tmp", format="png", dpi=120)
+    os.replace(folder / "training_metrics.png.tmp", folder / "training_metrics.png")
+    with open(folder / "training_metrics.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, last)
+        writer.writeheader()
+        writer.writerows([{"step": step, "train_loss": value} for step, value in curve] + epochs)
+
+
+# --- Training --------------------------------------------------------------------------------------------------------
+
+
+def backward(model, window, score=score, autocast=None, scaler=None):
+    """Add up the gradients of a window, a list of batches: those of the mean loss over ALL its real tokens, so that
+    batches of any size and number make the same update. Returns (summed loss, right guesses, number of tokens)."""
+    n_tokens = sum(int((targets != IGNORE).sum()) for _, targets in window)
+    loss_sum = right_sum = 0
+    for batch in window:
+        input_ids, targets = (tensor.to(model.device, non_blocking=True) for tensor in batch)
+        with autocast or nullcontext():
+            loss, right = score(model, input_ids, targets)
+        mean = loss / n_tokens
+        (scaler.scale(mean) if scaler else mean).backward()
+        loss_sum, right_sum = loss_sum + loss.detach(), right_sum + right
+    return loss_sum, right_sum, n_tokens
+
+
+def compile_score(model, batch, autocast):
+    """torch.compile(score), or score itself where the compiler fails on the batch: said once, and the run goes on."""
+    compiled = torch.compile(score, dynamic=True)
+    try:
+        backward(model, [batch], compiled, autocast)
+    except Exception as error:  # compilers fail in many ways, and none of them has to stop the training
+        print(f"compile    off: {type(error).__name__}: {str(error).strip().splitlines()[0][:100]}")
+        compiled = score
+    model.zero_grad()
+    return compiled
+
+
+def drain(pending, progress, record):
+    """Add up the latest steps, (loss, right, bad, tokens) each: only here the training loop waits for the device."""
+    sums = torch.stack([torch.stack([value.float() for value in step[:3]]) for step in pending])
+    losses, rights, bads = sums.cpu().double().T.tolist()
+    if any(bads):
+        step = progress["step"] - len(pending) + bads.index(1) + 1
+        raise InputError(f"step {step}: the loss or its gradient is not finite, and the run stops; what is saved is "
+                         "still good. Try a smaller --learning-rate, or --precision fp32")
+    now, n_tokens = time.monotonic(), sum(step[3] for step in pending)
+    record["curve"].append([progress["step"], sum(losses) / n_tokens])
+    news = {"loss": sum(losses), "right": sum(rights), "tokens": n_tokens, "seconds": now - progress["drained_at"]}
+    progress.update({name: progress[name] + value for name, value in news.items()}, drained_at=now)
+    pending.clear()
+
+
+def save_last(folder, model, record, progress, optimizer, scaler):
+    """Save the point from which an interrupted run continues."""
+    state = {"progress": progress, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+    save_checkpoint(folder / "last", model, record, state=state)
+    progress["saved_at"] = time.monotonic()
+
+
+def restore_last(folder, optimizer, scaler):
+    """Load what save_last saved, but for the weights; returns the progress, all zero where nothing was saved."""
+    path = folder / "last" / "training_state.pt"
+    progress = {"step": 0, "loss": 0.0, "right": 0.0, "tokens": 0, "seconds": 0.0}
+    if path.parent.exists():
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            optimizer.load_state_dict(state["optimizer"])
+            if state["scaler"]:
+                scaler.load_state_dict(state["scaler"])
+            progress = state["progress"]
+        except Exception as error:  # each kind of broken file raises another exception; the message names the cause
+            raise InputError(f"{path}: cannot be read, --overwrite starts over: {error}") from error
+    return progress | {"saved_at": time.monotonic(), "drained_at": time.monotonic()}
+
+
+def train(model, train_set, test_set, settings, record, precision):
+    """Train to the last step, from where checkpoints/last stands; after every epoch save, evaluate, sample and plot."""
+    device, folder, accum_steps = model.device.type, Path(settings.checkpoints), settings.accum_steps
+    ids, lengths, _ = train_set
+    test_loader = make_loader(test_set[0], epoch_batches(test_set[1], settings.batch_size, settings.seed, 0))
+    autocast = torch.autocast(device, DTYPES[precision], enabled=precision != "fp32")
+    scaler = torch.amp.GradScaler(device, enabled=precision == "fp16")
+    optimizer = make_optimizer(model, settings)
+    progress = restore_last(folder, optimizer, scaler)
+    compiling = settings.compile == "on" or (settings.compile == "auto" and device == "cuda")
+    scorer = compile_score(model, pad_batch(list(ids[: settings.batch_size])), autocast) if compiling else score
+    n_steps, per_epoch, noted = record["steps"], record["steps_per_epoch"], False
+    model.train()
+    for epoch in range(len(record["epochs"]) + 1, math.ceil(n_steps / per_epoch) + 1):
+        start, stop = (epoch - 1) * per_epoch, min(epoch * per_epoch, n_steps)
+        if progress["step"] == start:
+            progress.update(loss=0.0, right=0.0, tokens=0, seconds=0.0)
+        batches = epoch_batches(lengths, settings.batch_size, settings.seed, epoch)
+        batches = batches[(progress["step"] - start) * accum_steps : (stop - start) * accum_steps]
+        loader, pending, progress["drained_at"] = iter(make_loader(ids, batches)), [], time.monotonic()
+        bar = tqdm(desc=f"epoch {epoch}/{settings.epochs}", initial=progress["step"] - start, total=stop - start,
+                   leave=False, dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 60)
+        while window := list(islice(loader, accum_steps)):
+            torch.manual_seed(settings.seed * 1_000_003 + progress["step"])  # dropout depends on the step alone
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate_at(progress["step"], n_steps, settings)
+            loss, right, n_tokens = backward(model, window, scorer, autocast, scaler)
+            scaler.unscale_(optimizer)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
+            bad = ~torch.isfinite(loss if scaler.is_enabled() else norm)
+            if not scaler.is_enabled():  # AdamW skips the update where this is 1, and nobody waits to see what it is
+                optimizer.found_inf = bad.float()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            progress["step"] += 1
+            pending.append((loss, right, bad, n_tokens))
+            bar.update()
+            save_now = time.monotonic() - progress["saved_at"] > 60 * settings.save_every
+            if progress["step"] % math.ceil(n_steps / 1000) == 0 or progress["step"] == stop or save_now:
+                drain(pending, progress, record)
+                left = (n_steps - progress["step"]) * bar.format_dict["elapsed"] / (bar.n - bar.initial)
+                speed = f"{progress['tokens'] / progress['seconds']:,.0f} tokens/s"
+                bar.set_postfix_str(f"loss {record['curve'][-1][1]:.3f}, {speed}, run {bar.format_interval(left)}")
+                noted = noted or (bar.n - bar.initial >= 5 and note_if_long(left, settings))
+            if save_now:
+                save_last(folder, model, record, progress, optimizer, scaler)
+        bar.close()
+        save_last(folder, model, record, progress, optimizer, scaler)
+        with autocast:
+            test_loss, test_accuracy = evaluate(model, test_loader)
+        finish_epoch(model, epoch, test_loss, test_accuracy, settings, record, progress)
+
+
+def note_if_long(seconds, settings):
+    """Where the run takes more than 12 hours, say so, with a command that takes about one hour. Returns True."""
+    if seconds > 12 * 3600:
+        fraction = f"--fraction {settings.fraction * 3600 / seconds:.1g}"
+        command = " ".join(["python", *sys.argv, fraction, "--checkpoints hour/checkpoints --plots hour/plots"])
+        tqdm.write(f"This run takes about {seconds / 3600:,.0f} hours on this machine; about one hour: {command}")
+    return True
+
+
+def finish_epoch(model, epoch, test_loss, test_accuracy, settings, record, progress):
+    """Add the epoch to the record, write its checkpoint with a sample, and the plots."""
+    n_tokens, seconds = progress["tokens"], progress["seconds"]
+    figures = {"epoch": epoch, "step": progress["step"], "train_loss": progress["loss"] / n_tokens,
+               "train_accuracy": progress["right"] / n_tokens, "test_loss": test_loss,
+               "test_perplexity": float(np.exp(test_loss)), "test_accuracy": test_accuracy,
+               "tokens": n_tokens, "seconds": seconds}
+    record["epochs"].append(figures)
+    print("epoch {epoch}/{0}  train: loss {train_loss:.3f}, accuracy {train_accuracy:.1%}; test: loss {test_loss:.3f}, "
+          "accuracy {test_accuracy:.1%}, perplexity {test_perplexity:.2f}; {tokens:,} tokens in {seconds:,.0f} s"
+          .format(settings.epochs, **figures), flush=True)
+    folder = Path(settings.checkpoints) / f"epoch_{epoch}"
+    sample = generate_text(model, settings.prompt, max_length=200)
+    save_checkpoint(folder, model, record, sample)
+    replace_text(folder.with_name("last") / "training.json", json.dumps(record, indent=1))
+    write_plots(Path(settings.plots), record)
+
+
+# --- Main ------------------------------------------------------------------------------------------------------------
+
+
+def previous_run(settings):
+    """training.json of the run in the checkpoints folder, or None. Raises InputError for a run with other settings."""
+    folder = Path(settings.checkpoints)
+    if (folder / "last.old").exists() and not (folder / "last").exists():  # killed between the two renames of a save
+        (folder / "last.old").rename(folder / "last")
+    for leftover in (*folder.glob("epoch_*.*"), *folder.glob("last.*")):
+        shutil.rmtree(leftover)
+    if settings.overwrite or not (list(folder.glob("epoch_*")) or (folder / "last").exists()):
+        return None
+    try:
+        record = json.loads((folder / "last" / "training.json").read_text(encoding="utf-8"))
+        fixed = {f.name: getattr(settings, f.name) for f in fields(settings) if not f.metadata["free"]}
+        refuse_changes(folder, record["settings"], fixed)
+    except (OSError, LookupError) as error:
+        raise InputError(f"{folder} holds a run that cannot be continued, --overwrite starts over: {error}") from error
+    return record
+
+
+def refuse_changes(folder, before, now):
+    changes = [f"{name} was {before.get(name)}, is {now[name]}" for name in now if before.get(name) != now[name]]
+    if changes:
+        raise InputError(f"{folder} holds another run ({', '.join(changes)}): --overwrite starts over, "
+                         "another --checkpoints keeps it")
+
+
+def main(argv=None):
+    settings = parse(Settings, __doc__, argv)
+    device = pick_device(settings.device)
+    precision = pick_precision(settings.precision, device)
+    folder, before = Path(settings.checkpoints), previous_run(settings)
+    if before and before["epochs"] and before["epochs"][-1]["step"] == before["steps"]:
+        print(f"{folder} holds this run, and it is finished; write stories with it: python gpt2_generate.py")
+        return
+
+    stories, source = load_stories(settings.data, folder / "data")
+    train_stories, test_stories, data = split_stories(stories, settings)
+    print(f"stories    {data['train_stories']:,} to train, {data['test_stories']:,} to test, of {len(stories):,} from "
+          f"{source}; dropped {data['empty']:,} empty ones and {data['duplicates']:,} duplicates", flush=True)
+    tokenizer_name = {"auto": "bpe:4096" if source == BUILT_IN else "gpt2"}.get(settings.tokenizer, settings.tokenizer)
+    tokenizer = load_tokenizer(tokenizer_name, train_stories)
+    data["tokenizer"] = digest(tokenizer.backend_tokenizer.to_str())
+    key = f"{data['fingerprint']}-{data['tokenizer']}-{settings.n_positions}.arrow"
+    train_set = encode_stories(train_stories, tokenizer, settings.n_positions, folder / "data" / f"train-{key}")
+    test_set = encode_stories(test_stories, tokenizer, settings.n_positions, folder / "data" / f"test-{key}")
+    n_tokens = int(train_set[1].sum() + test_set[1].sum())
+    data |= {"source": source, "train_tokens": int(train_set[1].sum()), "tokens_cut": train_set[2] + test_set[2]}
+    print(f"tokens     {n_tokens:,} of {tokenizer_name}, {len(tokenizer):,} in the vocabulary; "
+          f"{data['tokens_cut'] / (n_tokens + data['tokens_cut']):.1%} cut off at {settings.n_positions}", flush=True)
+
+    torch.manual_seed(settings.seed)
+    if before:
+        refuse_changes(folder, before["data"], data)
+        model = load_checkpoint(folder / "last", device)
+    else:
+        model = GPT(model_config(settings, tokenizer), tokenizer).to(device)
+        for stale in (*folder.glob("epoch_*"), *folder.glob("last")):  # --overwrite
+            shutil.rmtree(stale)
+    per_epoch = math.ceil(math.ceil(data["train_stories"] / settings.batch_size) / settings.accum_steps)
+    steps = min(settings.max_steps or math.inf, settings.epochs * per_epoch)
+    record = {"settings": asdict(settings), "data": data, "parameters": sum(p.numel() for p in model.parameters()),
+              "steps": steps, "steps_per_epoch": per_epoch, "epochs": before["epochs"] if before else [],
+              "curve": before["curve"] if before else [], "versions": versions()}
+    print(f"model      {record['parameters'] / 1e6:.1f} M parameters, on {device} in {precision}")
+    print(f"training   {steps:,} steps, {per_epoch:,} an epoch, of {settings.batch_size} x {settings.accum_steps} stories",
+          flush=True)
+    train(model, train_set, test_set, settings, record, precision)
+    last = folder / f"epoch_{len(record['epochs'])}"
+    print(f"\n{(last / 'sample.txt').read_text(encoding='utf-8')}")
+    print(f"test perplexity {record['epochs'][-1]['test_perplexity']:.2f}; the model is in {last}, the plots are in "
+          f"{settings.plots}\nnext: python gpt2_generate.py --model {last}")
+
+
+def model_config(settings, tokenizer):
+    from transformers import GPT2Config
+
+    sizes = {name: getattr(settings, name) for name in ("n_positions", "n_embd", "n_layer", "n_head", "n_inner")}
+    dropout = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), settings.dropout)
+    eos = tokenizer.eos_token_id
+    return GPT2Config(vocab_size=len(tokenizer), **sizes, **dropout, bos_token_id=eos, eos_token_id=eos,
+                      tie_word_embeddings=False, architectures=["GPT2LMHeadModel"], dtype="float32")
+
+
+def versions():
+    import datasets
+    import transformers
+
+    modules = {module.__name__: module.__version__ for module in (torch, transformers, datasets)}
+    return {"python": platform.python_version(), **modules}
+
+
+if __name__ == "__main__":
+    run(main)
