@@ -39,7 +39,7 @@ from tqdm import tqdm
 # transformers, datasets and matplotlib are imported where they are used: importing this file stays quick.
 
 HUB_STORIES, LOCAL_STORIES = "roneneldan/TinyStories", "tinystories_local"
-BUILT_IN, N_BUILT_IN = "built-in stories", 10_000
+BUILT_IN, N_BUILT_IN = "built-in stories", 12_000
 END_OF_STORY = "<|endoftext|>"
 IGNORE = -100  # the target of padding
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -205,9 +205,9 @@ def load_stories(data, cache_dir):
         else:
             stories = datasets.load_dataset(data, split="train")
     except (OSError, ValueError, TypeError, LookupError, datasets.exceptions.DatasetsError) as error:
-        cause = f"{error.__cause__ or error}"
-        where = "" if path.exists() or hub_answers() else "no such file or folder, and the Hub cannot be reached: "
-        raise InputError(f"--data {data}: {where or 'cannot be read as stories: '}{cause}") from error
+        if not path.exists() and not hub_answers():
+            raise InputError(f"--data {data}: not here, and the Hugging Face Hub cannot be reached") from error
+        raise InputError(f"--data {data}: cannot be read as stories: {error.__cause__ or error}") from error
     if isinstance(stories, datasets.DatasetDict):
         require("train" in stories, "data", data, f"has no split `train`, only {', '.join(stories)}")
         stories = stories["train"]
@@ -224,10 +224,9 @@ def load_default_stories(cache_dir):
         try:
             stories, _ = load_stories(HUB_STORIES, cache_dir)
         except InputError as error:
-            cause = str(error).splitlines()[0]
             print(f"{'=' * 100}\nTHE BUILT-IN STORIES are used: no ./{LOCAL_STORIES} here, and no download possible.\n"
-                  f"For the real ones run this again with a network, or copy a save_to_disk folder to ./{LOCAL_STORIES}\n"
-                  f"({cause})\n{'=' * 100}", flush=True)
+                  "For the real ones run this again with a network, or bring a save_to_disk folder of that name.\n"
+                  f"({error})\n{'=' * 100}", flush=True)
             return load_stories("sample", cache_dir)
         shutil.rmtree(LOCAL_STORIES + ".tmp", ignore_errors=True)
         stories.save_to_disk(LOCAL_STORIES + ".tmp")
@@ -492,7 +491,11 @@ def generate_text(model, prompt, max_length=50, method="greedy", *, temperature=
     with evaluation_mode(model):
         for _ in range(max_length):
             logits = model(inputs, cache)[:, -1]  # (B, V)
-            new = logits.argmax(-1) if method == "greedy" else draw(logits / temperature, top_k, top_p, generator)
+            if method == "greedy":
+                new = logits.argmax(-1)  # (B,)
+            else:
+                probabilities = next_probabilities(logits, temperature, top_k, top_p)
+                new = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
             ended |= new == eos
             if ended.all():
                 break
@@ -508,17 +511,16 @@ def generate_text(model, prompt, max_length=50, method="greedy", *, temperature=
     return texts if num_samples > 1 else texts[0]
 
 
-def draw(logits, top_k, top_p, generator):
-    """A random token (B,) for logits (B, V)."""
+def next_probabilities(logits, temperature, top_k, top_p):
+    """Probabilities (B, V) from logits (B, V): temperature, then the top_k likeliest, then the nucleus of top_p
+    (Holtzman et al., "The Curious Case of Neural Text Degeneration"), in the order of transformers."""
+    logits = logits / temperature
     if top_k:
         smallest = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, -math.inf)
-    probabilities = logits.softmax(-1)
-    if top_p < 1:
-        ranked, order = probabilities.sort(descending=True)
-        ranked[ranked.cumsum(-1) - ranked >= top_p] = 0  # the likelier tokens before this one are enough
-        probabilities = torch.zeros_like(ranked).scatter(-1, order, ranked)
-    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+    ranked, order = logits.softmax(-1).sort(descending=True)
+    ranked[ranked.cumsum(-1) - ranked >= top_p] = 0  # the likelier tokens before this one are enough
+    return torch.zeros_like(ranked).scatter(-1, order, ranked / ranked.sum(-1, keepdim=True))
 
 
 # --- Optimizer and schedule ------------------------------------------------------------------------------------------
@@ -920,8 +922,7 @@ def main(argv=None):
               "steps": steps, "steps_per_epoch": per_epoch, "epochs": before["epochs"] if before else [],
               "curve": before["curve"] if before else [], "versions": versions()}
     print(f"model      {record['parameters'] / 1e6:.1f} M parameters, on {device} in {precision}")
-    print(f"training   {steps:,} steps, {per_epoch:,} an epoch, of {settings.batch_size} x {settings.accum_steps} stories",
-          flush=True)
+    print(f"training   {steps:,} steps of {settings.batch_size} x {settings.accum_steps} stories", flush=True)
     train(model, train_set, test_set, settings, record, precision)
     last = folder / f"epoch_{len(record['epochs'])}"
     print(f"\n{(last / 'sample.txt').read_text(encoding='utf-8')}")

@@ -1,0 +1,91 @@
+"""Shared pieces of the tests: no network, nothing outside pytest's temporary folders."""
+
+import os
+import tempfile
+
+# Before anything of Hugging Face is imported: an empty cache and no network.
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="gpt2-tinystories-tests-")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import datasets
+import pytest
+import torch
+from transformers import GPT2Config
+
+import gpt2_tinystories as project
+from sample_stories import sample_stories
+
+TINY = "--data sample --fraction 0.008 --tokenizer bpe:400 --n-positions 64 --n-embd 32 --n-head 2 --n-inner 64 --epochs 2"
+
+
+@pytest.fixture(scope="session")
+def texts():
+    return list(sample_stories(60))
+
+
+@pytest.fixture(scope="session")
+def stories(texts):
+    return datasets.Dataset.from_dict({"text": texts})
+
+
+@pytest.fixture(scope="session")
+def tokenizer(stories):
+    return project.load_tokenizer("bpe:400", stories)
+
+
+@pytest.fixture
+def encoded(stories, tokenizer, tmp_path):
+    """(ids, lengths, n_cut) of the 60 stories, cut at 64 tokens."""
+    return project.encode_stories(stories, tokenizer, 64, tmp_path / "tokens.arrow")
+
+
+def make_config(tokenizer, dropout=0.0, **sizes):
+    sizes = {"n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_inner": 64} | sizes
+    settings = project.Settings(dropout=dropout, **sizes)
+    return project.model_config(settings, tokenizer)
+
+
+@pytest.fixture
+def model(tokenizer):
+    """A tiny model with weights ten times the usual size, so that its attention and its logits are far from uniform."""
+    return make_model(tokenizer)
+
+
+def make_model(tokenizer, dropout=0.0, **sizes):
+    torch.manual_seed(0)
+    model = project.GPT(make_config(tokenizer, dropout, **sizes), tokenizer)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(10)
+            else:  # biases and LayerNorms that are not at their first values
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture
+def workspace(tmp_path, monkeypatch):
+    """An empty folder to run the scripts in."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def refused(capsys):
+    """refused(main, command line): checks that it ends with exit code 2 and one line, and returns the line."""
+
+    def check(main, arguments):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            project.run(lambda: main(arguments.split() if isinstance(arguments, str) else arguments))
+        error = capsys.readouterr().err
+        assert stop.value.code == 2
+        *progress_bars, line, end = error.replace("\r", "\n").split("\n")
+        assert end == "" and "Traceback" not in error
+        assert all("%|" in bar or "examples" in bar or not bar.strip() for bar in progress_bars), error
+        return line
+
+    return check
+
+
+__all__ = ["TINY", "GPT2Config", "make_config", "make_model"]

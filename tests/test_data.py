@@ -1,0 +1,251 @@
+"""From stories to batches: reading, splitting, tokenising, batching, padding."""
+
+import datasets
+import numpy as np
+import pytest
+import torch
+
+import gpt2_tinystories as project
+from sample_stories import sample_stories
+
+STORIES = list(sample_stories(20))
+
+
+def write_forms(folder):
+    """The same stories in every form that --data reads; returns the paths."""
+    stories = datasets.Dataset.from_dict({"text": STORIES})
+    stories.save_to_disk(folder / "dataset")
+    datasets.DatasetDict({"validation": stories.select([0]), "train": stories}).save_to_disk(folder / "dict")
+    stories.to_json(folder / "stories.jsonl")
+    stories.to_parquet(folder / "stories.parquet")
+    (folder / "stories.txt").write_text("\n<|endoftext|>\n".join(STORIES), encoding="utf-8")
+    return ["dataset", "dict", "stories.jsonl", "stories.parquet", "stories.txt"]
+
+
+def test_every_form_of_data_gives_the_same_stories(workspace):
+    for form in write_forms(workspace):
+        stories, source = project.load_stories(form, workspace / "cache")
+        assert [text.strip() for text in stories["text"]] == STORIES, form
+        assert source == form
+
+
+def test_the_local_folder_comes_first(workspace, monkeypatch):
+    datasets.Dataset.from_dict({"text": STORIES}).save_to_disk("tinystories_local")
+    monkeypatch.setattr(project, "hub_answers", lambda: pytest.fail("the network was asked"))
+    stories, source = project.load_stories("auto", workspace / "cache")
+    assert list(stories["text"]) == STORIES and source == "tinystories_local"
+
+
+def test_a_text_file_may_have_a_separator_anywhere(workspace, monkeypatch):
+    text = "<|endoftext|>".join(["a" * 7, "b" * 30, "", "é🙂" * 5, "c"])
+    path = workspace / "stories.txt"
+    path.write_text(text, encoding="utf-8")
+    read = open
+
+    class OneAtATime:
+        """A file that gives three characters, however many are asked for."""
+
+        def __init__(self, *args, **options):
+            self.file = read(*args, **options)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def read(self, size):
+            return self.file.read(3)
+
+    monkeypatch.setattr("builtins.open", OneAtATime)
+    assert "<|endoftext|>".join(row["text"] for row in project.read_text_file(path, 0, 0)) == text
+
+
+def test_a_changed_text_file_is_read_again(workspace):
+    path = workspace / "stories.txt"
+    for words in ("one<|endoftext|>two", "three<|endoftext|>four!"):
+        path.write_text(words)
+        stories, _ = project.load_stories("stories.txt", workspace / "cache")
+        assert "<|endoftext|>".join(stories["text"]) == words
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("missing.txt", None, "no such file"),
+        ("./missing/folder/of/stories", None, "no such file"),
+        ("somebody/missing-dataset", None, "cannot be reached"),
+        ("stories.csv", "text\nhello\n", "neither a folder nor"),
+        ("latin.txt", "caf\xe9<|endoftext|>b".encode("latin-1"), "utf-8"),
+        ("empty.txt", "", "too few"),
+        ("one.txt", "Only one story.", "too few"),
+        ("blank.txt", " \n<|endoftext|>\n<|endoftext|> ", "too few"),
+        ("broken.jsonl", '{"text": "a"}\n{"text": ', "cannot be read"),
+        ("numbers.jsonl", '{"text": 1}\n{"text": 2}\n', "column `text` of strings"),
+        ("mixed.jsonl", '{"text": "a"}\n{"text": {"b": 2}}\n', "column `text` of strings"),
+        ("other.jsonl", '{"story": "a"}\n{"story": "b"}\n', "column `text` of strings; it has story"),
+        ("broken.parquet", b"PAR1 this is not parquet", "cannot be read"),
+    ],
+)
+def test_bad_data_is_refused_in_one_line(name, content, words, workspace, refused):
+    if content is not None:
+        (workspace / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    line = refused(project.main, ["--data", name, "--fraction", "1"])
+    assert name in line and words in line
+
+
+def test_a_broken_data_folder_is_refused_in_one_line(workspace, refused):
+    datasets.Dataset.from_dict({"text": STORIES}).save_to_disk("whole")
+    arrow = (workspace / "whole" / "data-00000-of-00001.arrow").read_bytes()
+    (workspace / "empty").mkdir()
+    for name, files in {
+        "no_arrow": {"state.json": None, "dataset_info.json": None},
+        "no_state": {"data-00000-of-00001.arrow": arrow},
+        "cut": {"state.json": None, "dataset_info.json": None, "data-00000-of-00001.arrow": arrow[: len(arrow) // 2]},
+        "bad_json": {"state.json": b"{", "dataset_info.json": b"{", "data-00000-of-00001.arrow": arrow},
+    }.items():
+        (workspace / name).mkdir()
+        for file, content in files.items():
+            content = (workspace / "whole" / file).read_bytes() if content is None else content
+            (workspace / name / file).write_bytes(content)
+    for name in ("empty", "no_arrow", "no_state", "cut", "bad_json"):
+        assert f"--data {name}: " in refused(project.main, ["--data", name])
+    datasets.DatasetDict({"test": datasets.Dataset.from_dict({"text": STORIES})}).save_to_disk("no_train")
+    assert "has no split `train`, only test" in refused(project.main, ["--data", "no_train"])
+
+
+def test_empty_stories_and_duplicates_are_dropped_and_counted():
+    texts = ["a", "b ", " b", "", None, "  \n", "a", "c", "d"]
+    stories = datasets.Dataset.from_dict({"text": texts})
+    train, test, counts = project.split_stories(stories, project.Settings(fraction=1.0, test_fraction=0.25))
+    assert sorted(text.strip() for text in [*train["text"], *test["text"]]) == ["a", "b", "c", "d"]
+    assert (counts["train_stories"], counts["test_stories"]) == (3, 1)
+    assert (counts["empty"], counts["duplicates"]) == (3, 2)
+
+
+def test_the_split_is_a_seeded_random_slice():
+    stories = datasets.Dataset.from_dict({"text": [f"story {i}" for i in range(2000)]})
+
+    def split(**settings):
+        train, test, counts = project.split_stories(stories, project.Settings(**settings))
+        return list(train["text"]), list(test["text"]), counts["fingerprint"]
+
+    train, test, fingerprint = split()
+    assert (len(train), len(test)) == (180, 20)
+    assert len({*train, *test}) == 200
+    assert split() == (train, test, fingerprint)
+    other_train, other_test, other_fingerprint = split(seed=1)
+    assert other_train != train and other_test != test and other_fingerprint != fingerprint
+    chosen = sorted(int(text.split()[1]) for text in train + test)
+    assert chosen[0] < 100 and chosen[-1] > 1900  # from everywhere, not the first ones
+
+
+def test_a_story_is_its_tokens_and_the_end_cut_to_the_context(texts, tokenizer, encoded):
+    ids, lengths, n_cut = encoded
+    whole = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text in texts]
+    assert [story.as_py() for story in ids] == [story[:65] for story in whole]
+    assert lengths.tolist() == [min(len(story), 65) - 1 for story in whole]
+    assert n_cut == sum(max(0, len(story) - 65) for story in whole) > 0
+    assert str(ids.type.value_type) == "uint16"
+
+
+def test_stories_are_tokenised_once(stories, tokenizer, tmp_path, monkeypatch):
+    first, lengths, n_cut = project.encode_stories(stories, tokenizer, 64, tmp_path / "tokens.arrow")
+    monkeypatch.setattr(project, "encode", lambda *_: pytest.fail("tokenised again"))
+    again, lengths_again, n_cut_again = project.encode_stories(stories, tokenizer, 64, tmp_path / "tokens.arrow")
+    assert again.equals(first) and n_cut_again == n_cut and np.array_equal(lengths, lengths_again)
+
+
+def test_the_end_of_text_inside_a_story_is_plain_text(tokenizer):
+    ids = project.encode(tokenizer, "a<|endoftext|>b")
+    assert tokenizer.eos_token_id not in ids
+    assert tokenizer.decode(ids) == "a<|endoftext|>b"
+
+
+def test_a_batch_is_inputs_and_the_same_moved_by_one(encoded, tokenizer):
+    ids = encoded[0]
+    rows = [ids[i] for i in (0, 1, 2)]
+    stories = [row.as_py() for row in rows]
+    stories[1] = stories[1][:20] + [tokenizer.eos_token_id]
+
+    class Row:
+        def __init__(self, story):
+            self.values = np.array(story, dtype=np.uint16)
+            self.values = type("Values", (), {"to_numpy": lambda _, v=self.values: v})()
+
+    input_ids, targets = project.pad_batch([Row(story) for story in stories])
+    assert input_ids.shape == targets.shape == (3, 64)
+    for row, story in enumerate(stories):
+        n = len(story) - 1
+        assert input_ids[row, :n].tolist() == story[:-1]
+        assert targets[row, :n].tolist() == story[1:]
+        assert (targets[row, n:] == project.IGNORE).all()
+    assert targets[1, 19] == tokenizer.eos_token_id  # the end of a story is a target, its padding is not
+    assert input_ids.min() >= 0
+
+
+@pytest.mark.parametrize(("n", "batch_size"), [(1, 8), (8, 8), (83, 8), (2000, 4)])
+def test_an_epoch_holds_every_story_once(n, batch_size):
+    lengths = np.random.default_rng(0).integers(1, 256, n)
+    batches = project.epoch_batches(lengths, batch_size, seed=1, epoch=3)
+    assert sorted(np.concatenate(batches).tolist()) == list(range(n))
+    assert sorted(map(len, batches), reverse=True) == [batch_size] * (n // batch_size) + [n % batch_size] * (n % batch_size > 0)
+
+
+def test_batches_depend_on_their_arguments_alone():
+    lengths = np.random.default_rng(0).integers(1, 256, 500)
+
+    def order(*arguments):
+        return [batch.tolist() for batch in project.epoch_batches(lengths, *arguments)]
+
+    first = order(8, 1, 1)
+    np.random.default_rng().random(100)
+    np.random.seed(5)
+    torch.manual_seed(5)
+    assert order(8, 1, 1) == first
+    assert order(8, 1, 2) != first and order(8, 2, 1) != first
+
+
+def test_little_of_a_batch_is_padding():
+    lengths = np.random.default_rng(0).normal(200, 60, 8000).clip(20, 256).astype(int)
+    batches = project.epoch_batches(lengths, 8, 0, 1)
+    padded = sum(len(batch) * lengths[batch].max() for batch in batches)
+    assert lengths.sum() / padded > 0.98
+    firsts = [lengths[batch].mean() for batch in batches]
+    assert np.corrcoef(firsts[:-1], firsts[1:])[0, 1] < 0.2  # short and long batches come mixed
+
+
+def test_a_bpe_tokenizer_is_trained_to_its_size_and_reads_everything(stories, tokenizer, tmp_path):
+    assert len(tokenizer) == 400
+    text = "Zoë's 2 cats\n\n said: «naïve» 🙂\x00 <|endoftext|>"
+    assert tokenizer.decode(project.encode(tokenizer, text)) == text
+    again = project.load_tokenizer("bpe:400", stories)
+    assert again.get_vocab() == tokenizer.get_vocab()
+    tokenizer.save_pretrained(tmp_path)
+    reloaded = project.load_tokenizer(str(tmp_path))
+    assert project.encode(reloaded, text) == project.encode(tokenizer, text)
+    assert (reloaded.eos_token, reloaded.eos_token_id) == ("<|endoftext|>", tokenizer.eos_token_id)
+
+
+@pytest.mark.parametrize("name", ["bpe:256", "bpe:", "bpe:many", "bpe:-1", "missing-tokenizer", "./missing/folder"])
+def test_a_bad_tokenizer_is_refused_in_one_line(name, workspace, refused):
+    assert f"--tokenizer {name}" in refused(project.main, ["--data", "sample", "--tokenizer", name])
+
+
+def test_an_unreadable_or_empty_tokenizer_folder_is_refused(workspace, tokenizer, refused, monkeypatch):
+    tokenizer.save_pretrained(workspace / "broken")
+    (workspace / "broken" / "tokenizer.json").write_text('{"version": "1.0", ')
+    assert "--tokenizer broken: cannot be read" in refused(project.main, ["--data", "sample", "--tokenizer", "broken"])
+
+    from transformers import AutoTokenizer, GPT2Tokenizer
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: GPT2Tokenizer())
+    assert "not usable: 1 tokens" in refused(project.main, ["--data", "sample", "--tokenizer", "hollow"])
+
+
+def test_a_hub_that_does_not_answer_is_noticed_at_once(monkeypatch):
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    project.hub_answers.cache_clear()
+    assert project.hub_answers() is False
+    project.hub_answers.cache_clear()

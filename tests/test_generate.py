@@ -1,0 +1,279 @@
+"""Generating text: against transformers' generate and samplers, and the command line of gpt2_generate.py."""
+
+import shutil
+
+import pytest
+import torch
+from conftest import make_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TextStreamer,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+import gpt2_generate
+import gpt2_tinystories as project
+
+PROMPT = "Once upon a time, in a small village"
+
+
+@pytest.fixture
+def checkpoint(model, workspace):
+    folder = workspace / "checkpoints" / "epoch_1"
+    project.save_checkpoint(folder, model, {})
+    return folder
+
+
+@pytest.mark.parametrize("prompt", [PROMPT, "A", '"Hello," said Ben.\n'])
+def test_greedy_text_equals_that_of_transformers(prompt, model, checkpoint):
+    theirs = AutoModelForCausalLM.from_pretrained(checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    inputs = tokenizer(prompt, return_tensors="pt")
+    expected = tokenizer.decode(theirs.generate(**inputs, do_sample=False, max_new_tokens=40)[0], skip_special_tokens=True)
+    assert project.generate_text(model, prompt, max_length=40) == expected
+    assert len(expected) > len(prompt)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.7, 0, 1.0), (1.0, 5, 1.0), (1.0, 0, 0.6), (1.3, 9, 0.8), (1, 999, 1e-9)]
+)
+def test_sampling_probabilities_equal_those_of_transformers(temperature, top_k, top_p):
+    logits = 3 * torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(float(temperature))])
+    if top_k:
+        warpers.append(TopKLogitsWarper(top_k))
+    if top_p < 1:
+        warpers.append(TopPLogitsWarper(top_p))
+    expected = warpers(None, logits.clone()).softmax(-1)
+    torch.testing.assert_close(project.next_probabilities(logits, temperature, top_k, top_p), expected)
+
+
+def test_samples_follow_the_probabilities(model):
+    """The first token of 4,000 samples against the model's own distribution."""
+    ids = torch.tensor([project.encode(model.tokenizer, "The")])
+    expected = model.eval()(ids)[0, -1].softmax(-1)
+    texts = project.generate_text(model, "The", 1, "sample", num_samples=4000, seed=0)
+    likeliest = expected.argmax().item()
+    share = sum(text == model.tokenizer.decode([*ids[0], likeliest]) for text in texts) / 4000
+    assert share == pytest.approx(expected[likeliest].item(), abs=0.04)
+
+
+def test_a_seed_repeats_a_sample_and_leaves_other_randomness_alone(model):
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    one = project.generate_text(model, PROMPT, method="sample", seed=7)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert one == project.generate_text(model, PROMPT, method="sample", seed=7)
+    assert one != project.generate_text(model, PROMPT, method="sample", seed=8)
+
+
+def test_several_samples_are_a_list_of_texts_that_differ(model):
+    texts = project.generate_text(model, PROMPT, method="sample", num_samples=3, seed=1)
+    assert len(texts) == len(set(texts)) == 3
+    assert all(text.startswith(PROMPT) for text in texts)
+
+
+def force_end(model, after):
+    """Make the model end its text once `after` tokens stand before the next one."""
+    forward, eos = model.forward, model.tokenizer.eos_token_id
+
+    def ending(input_ids, cache=None):
+        logits = forward(input_ids, cache)
+        if cache[0]["k"].size(2) >= after:
+            logits[..., eos] = 1e9
+        else:
+            logits[..., eos] = -1e9
+        return logits
+
+    model.forward = ending
+
+
+@pytest.mark.parametrize("method", ["greedy", "sample"])
+def test_the_text_stops_at_the_end_of_the_story(method, model):
+    ids = project.encode(model.tokenizer, PROMPT)
+    force_end(model, after=len(ids) + 5)
+    text = project.generate_text(model, PROMPT, 50, method, seed=0)
+    assert "<|endoftext|>" not in text
+    assert text == project.generate_text(model, PROMPT, 5, method, seed=0)
+    for one in project.generate_text(model, PROMPT, 50, "sample", num_samples=3, seed=0):
+        assert "<|endoftext|>" not in one
+
+
+def test_text_goes_on_when_the_context_is_full(model):
+    """Against a plain loop without a cache that drops the older half of a full context in the same way."""
+    ids, n_positions = project.encode(model.tokenizer, PROMPT), model.config.n_positions
+    model.eval()
+    tokens, start = list(ids), 0
+    with torch.no_grad():
+        for _ in range(150):
+            if len(tokens) - start > n_positions:
+                start = len(tokens) - n_positions // 2
+            tokens.append(model(torch.tensor([tokens[start:]]))[0, -1].argmax().item())
+            if tokens[-1] == model.tokenizer.eos_token_id:
+                tokens.pop()
+                break
+    assert len(tokens) > 2 * n_positions
+    assert project.generate_text(model, PROMPT, max_length=150) == model.tokenizer.decode(tokens)
+
+
+def test_a_prompt_that_fills_the_context_is_read_and_a_longer_one_refused(model):
+    n_positions = model.config.n_positions
+    fitting = " a" * n_positions
+    while len(project.encode(model.tokenizer, fitting)) > n_positions:
+        fitting = fitting[2:]
+    assert len(project.encode(model.tokenizer, fitting)) == n_positions
+    assert project.generate_text(model, fitting, 3).startswith(fitting)
+    with pytest.raises(project.InputError, match="65 tokens, 64 fit"):
+        project.generate_text(model, fitting + " a")
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mode_is_as_it_was_before(training, model):
+    model.train(training)
+    project.generate_text(model, PROMPT, 3)
+    assert model.training is training
+    with pytest.raises(ZeroDivisionError):
+
+        class Broken:
+            def put(self, value):
+                if value.numel() == 1:
+                    raise ZeroDivisionError
+
+        project.generate_text(model, PROMPT, 3, streamer=Broken())
+    assert model.training is training
+
+
+def test_the_streamed_text_is_the_text(model, capsys):
+    text = project.generate_text(model, PROMPT, 40, streamer=TextStreamer(model.tokenizer))
+    assert capsys.readouterr().out == text + "\n"
+
+
+def test_the_end_of_text_in_a_prompt_is_plain_text(model):
+    prompt = "One<|endoftext|> day"
+    assert project.generate_text(model, prompt, 3).startswith(prompt)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"prompt": ""},
+        {"prompt": " \n"},
+        {"max_length": 0},
+        {"method": "beam"},
+        {"temperature": 0.0},
+        {"temperature": float("nan")},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"num_samples": 0},
+    ],
+)
+def test_arguments_out_of_range_are_refused_by_name(arguments, model):
+    with pytest.raises(project.InputError, match=f"--{next(iter(arguments)).replace('_', '-')} "):
+        project.generate_text(model, **{"prompt": PROMPT} | arguments)
+
+
+# --- gpt2_generate.py
+
+
+def test_the_script_writes_a_story_for_every_prompt(checkpoint, model, capsys):
+    gpt2_generate.main(["--max-length", "20"])
+    shown = capsys.readouterr().out
+    for prompt in gpt2_generate.PROMPTS:
+        assert project.generate_text(model, prompt, 20) in shown
+
+
+def test_its_flags_reach_the_generator(checkpoint, model, capsys):
+    arguments = "--method sample --num-samples 2 --seed 5 --top-k 7 --top-p 0.8 --temperature 0.9 --max-length 15 --prompt One"
+    gpt2_generate.main(arguments.split())
+    shown = capsys.readouterr().out
+    options = {"temperature": 0.9, "top_k": 7, "top_p": 0.8}
+    expected = [project.generate_text(model, "One", 15, "sample", seed=seed, **options) for seed in (5, 6)]
+    assert expected[0] != expected[1]
+    assert all(text in shown for text in expected)
+
+
+def test_the_newest_epoch_is_found_by_number(workspace, tokenizer):
+    for name in ("epoch_9", "epoch_10", "epoch_11.tmp", "last"):
+        (workspace / "checkpoints" / name).mkdir(parents=True)
+    assert gpt2_generate.newest_checkpoint().name == "epoch_10"
+
+
+def test_interactive_reads_prompts_and_survives_a_bad_one(checkpoint, model, capsys, monkeypatch):
+    typed = iter(["Tom had", "word " * 100, "Lily saw", ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(typed))
+    gpt2_generate.main("--interactive --max-length 10".split())
+    shown = capsys.readouterr().out
+    assert project.generate_text(model, "Tom had", 10) in shown and project.generate_text(model, "Lily saw", 10) in shown
+    assert "--prompt 'word word" in shown
+
+
+def test_without_a_checkpoint_it_says_what_to_do(workspace, refused):
+    assert "train first" in refused(gpt2_generate.main, "")
+    assert "nowhere" in refused(gpt2_generate.main, "--model nowhere")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--prompt", ""], ["--prompt", "word " * 100], ["--top-p", "2"], ["--num-samples", "0"], ["--num-samples", "2"], ["--temp", "1"]],
+)
+def test_bad_arguments_are_refused_in_one_line(arguments, checkpoint, refused):
+    assert arguments[0] in refused(gpt2_generate.main, arguments)
+
+
+def test_a_checkpoint_that_cannot_be_used_is_refused_in_one_line(checkpoint, workspace, tokenizer, refused, stories):
+    import json
+
+    from safetensors.torch import load_file, save_file
+
+    def spoil(name, change):
+        folder = workspace / name
+        shutil.copytree(checkpoint, folder)
+        change(folder)
+        line = refused(gpt2_generate.main, ["--model", str(folder)])
+        assert name in line, line
+        return line
+
+    def edit_config(**values):
+        def change(folder):
+            config = json.loads((folder / "config.json").read_text())
+            (folder / "config.json").write_text(json.dumps(config | values))
+
+        return change
+
+    def edit_weights(edit):
+        def change(folder):
+            weights = load_file(folder / "model.safetensors")
+            edit(weights)
+            save_file(weights, folder / "model.safetensors")
+
+        return change
+
+    for file in ("config.json", "model.safetensors", "tokenizer.json"):
+        spoil("without_" + file, lambda folder, file=file: (folder / file).unlink())
+        spoil("cut_" + file, lambda folder, file=file: (folder / file).write_bytes((folder / file).read_bytes()[:100]))
+    spoil("pickle", lambda folder: (folder / "model.safetensors").write_bytes(b"cos\nsystem\n(S'touch owned'\ntR."))
+    assert not (workspace / "owned").exists()
+    assert "llama" in spoil("llama", edit_config(model_type="llama"))
+    spoil("relu", edit_config(activation_function="relu"))
+    assert "shape" in spoil("wider", edit_config(n_inner=96))
+    spoil("deeper", edit_config(n_layer=3))
+    spoil("word", edit_config(n_embd="wide"))
+    assert "vocabulary of 500" in spoil("vocabulary", edit_config(vocab_size=500))
+    other = project.load_tokenizer("bpe:300", stories)
+    assert "the tokenizer has 300 tokens" in spoil("tokenizer", other.save_pretrained)
+    assert "lm_head" in spoil("missing", edit_weights(lambda weights: weights.pop("lm_head.weight")))
+    assert "extra" in spoil("unknown", edit_weights(lambda weights: weights.update(extra=torch.ones(1))))
+    assert "finite" in spoil("nan", edit_weights(lambda weights: weights["transformer.ln_f.bias"].fill_(float("nan"))))
+
+
+def test_a_saved_model_comes_back_bit_for_bit(checkpoint, model):
+    loaded = project.load_checkpoint(checkpoint)
+    assert not loaded.training and loaded.config.to_dict()["n_inner"] == model.config.n_inner
+    for (name, one), two in zip(model.state_dict().items(), loaded.state_dict().values(), strict=True):
+        assert torch.equal(one, two), name
+    assert make_model(model.tokenizer).state_dict().keys() == loaded.state_dict().keys()

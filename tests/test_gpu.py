@@ -1,0 +1,36 @@
+"""What only a CUDA GPU can show: python -m pytest -m gpu."""
+
+import pytest
+import torch
+from conftest import TINY, make_model
+
+import gpt2_tinystories as project
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"),
+]
+
+
+def test_logits_on_the_gpu_equal_those_on_the_cpu(tokenizer):
+    model, input_ids = make_model(tokenizer).eval(), torch.randint(0, 400, (4, 64))
+    expected = model(input_ids)
+    torch.testing.assert_close(model.cuda()(input_ids.cuda()).cpu(), expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("compile", ["off", "on"])
+def test_a_run_learns_in_every_precision(precision, compile, workspace):
+    project.main(f"{TINY} --device cuda --precision {precision} --compile {compile}".split())
+    record = project.json.loads((workspace / "checkpoints/epoch_2/training.json").read_text())
+    first, second = record["epochs"]
+    assert second["test_perplexity"] < first["test_perplexity"] < 500
+
+
+def test_a_run_begun_on_the_gpu_goes_on_there(workspace, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(project, "evaluate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            project.main(f"{TINY} --device cuda --compile off".split())
+    project.main(f"{TINY} --device cuda --compile off".split())
+    assert len(project.json.loads((workspace / "checkpoints/epoch_2/training.json").read_text())["epochs"]) == 2

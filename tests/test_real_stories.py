@@ -1,0 +1,50 @@
+"""The real stories and the real GPT-2 tokenizer. Skipped where they are not: name a save_to_disk folder of TinyStories
+in TINYSTORIES_DIR (default ./tinystories_local) and a folder with GPT-2's tokenizer in GPT2_TOKENIZER_DIR."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+import gpt2_tinystories as project
+
+STORIES = Path(os.environ.get("TINYSTORIES_DIR") or "tinystories_local").resolve()
+TOKENIZER = Path(os.environ.get("GPT2_TOKENIZER_DIR") or "missing").resolve()
+pytestmark = [
+    pytest.mark.skipif(not STORIES.is_dir(), reason=f"no real stories: {STORIES} is not there"),
+    pytest.mark.skipif(not TOKENIZER.is_dir(), reason="no GPT-2 tokenizer: GPT2_TOKENIZER_DIR names no folder"),
+]
+
+
+@pytest.fixture(scope="module")
+def stories():
+    return project.load_stories(str(STORIES), None)[0]
+
+
+def test_ten_percent_of_the_stories_become_batches(stories, tmp_path):
+    settings = project.Settings()
+    tokenizer = project.load_tokenizer(str(TOKENIZER))
+    train, test, counts = project.split_stories(stories, settings)
+    assert len(train) + len(test) + counts["duplicates"] + counts["empty"] == round(0.1 * len(stories))
+    ids, lengths, n_cut = project.encode_stories(train, tokenizer, settings.n_positions, tmp_path / "tokens.arrow")
+    for i in range(0, len(train), 50):
+        text = train[i]["text"].strip()
+        expected = AutoTokenizer.from_pretrained(TOKENIZER)(text)["input_ids"] + [50256]
+        assert ids[i].as_py() == expected[:257]
+    assert 0 < n_cut / (n_cut + lengths.sum()) < 0.1
+    batches = project.epoch_batches(lengths, 8, 42, 1)
+    padded = sum(len(batch) * lengths[batch].max() for batch in batches)
+    assert lengths.sum() / padded > 0.97  # of batches of 8 in any order 0.75
+    assert sorted(np.concatenate(batches).tolist()) == list(range(len(train)))
+
+
+def test_a_run_on_real_stories_learns(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sizes = "--n-positions 64 --n-embd 64 --n-head 2 --n-inner 128 --learning-rate 3e-3 --fraction 0.02 --epochs 2"
+    project.main(f"--data {STORIES} --tokenizer {TOKENIZER} {sizes}".split())
+    model = project.load_checkpoint("checkpoints/epoch_2")
+    assert model.config.vocab_size == 50_257
+    first, second = (project.json.loads(Path(f"checkpoints/epoch_2/training.json").read_text())["epochs"])
+    assert second["test_perplexity"] < first["test_perplexity"] < 5_000

@@ -1,0 +1,109 @@
+"""Settings: one declaration, its flags, and the refusal of contradictions."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import gpt2_generate
+import gpt2_tinystories as project
+
+ROOT = Path(project.__file__).parent
+
+
+@pytest.mark.parametrize("module", [project, gpt2_generate])
+def test_help_shows_the_description_and_every_flag_with_its_default(module, capsys):
+    with pytest.raises(SystemExit) as stop:
+        project.parse(module.Settings, module.__doc__, ["--help"])
+    shown = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert module.__doc__.strip() in shown
+    words = " ".join(shown.split())
+    for field in dataclasses.fields(module.Settings):
+        assert f"--{field.name.replace('_', '-')} " in words
+        assert field.metadata["help"] in words
+        if not isinstance(field.default, tuple):
+            assert f"{field.metadata['help']} (default: {field.default})" in words
+
+
+def test_flags_fill_the_settings_with_their_types():
+    settings = project.parse(project.Settings, "", "--n-embd 96 --learning-rate 1e-3 --overwrite --data x.txt".split())
+    assert (settings.n_embd, settings.learning_rate, settings.overwrite, settings.data) == (96, 1e-3, True, "x.txt")
+    assert project.parse(project.Settings, "", []) == project.Settings()
+    repeated = project.parse(gpt2_generate.Settings, "", ["--prompt", "A", "--prompt", "B"])
+    assert repeated.prompt == ["A", "B"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ("--n-embd 100 --n-head 12", "--n-embd 100"),
+        ("--n-embd 7 --n-head 7", "--n-embd 7"),
+        ("--n-head 0", "--n-head 0"),
+        ("--n-layer -1", "--n-layer -1"),
+        ("--n-positions 1", "--n-positions 1"),
+        ("--fraction 0", "--fraction 0"),
+        ("--fraction 1.5", "--fraction 1.5"),
+        ("--fraction nan", "--fraction nan"),
+        ("--test-fraction 1", "--test-fraction 1"),
+        ("--dropout 1", "--dropout 1"),
+        ("--epochs 0", "--epochs 0"),
+        ("--batch-size 0", "--batch-size 0"),
+        ("--accum-steps 0", "--accum-steps 0"),
+        ("--learning-rate 0", "--learning-rate 0"),
+        ("--learning-rate inf", "--learning-rate inf"),
+        ("--grad-clip -1", "--grad-clip -1"),
+        ("--seed -1", "--seed -1"),
+        ("--max-steps -5", "--max-steps -5"),
+        ("--epochs five", "--epochs"),
+        ("--device tpu", "--device"),
+        ("--precision int8", "--precision"),
+        ("--precision fp16 --device cpu", "--precision fp16"),
+        ("--lr 1e-3", "--lr"),
+        ("--epoch 3", "--epoch"),
+        ("train", "train"),
+    ],
+)
+def test_a_bad_flag_is_refused_by_name_before_anything_is_read(arguments, named, workspace, refused):
+    line = refused(project.main, arguments)
+    assert named in line
+    assert list(workspace.iterdir()) == []
+
+
+def test_an_empty_prompt_is_refused(workspace, refused):
+    assert "--prompt" in refused(project.main, ["--prompt", " "])
+
+
+def test_a_device_that_is_not_there_is_refused(workspace, refused, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert "--device cuda" in refused(project.main, "--device cuda")
+
+
+def test_the_script_itself_ends_with_code_2_and_one_line(tmp_path):
+    command = [sys.executable, ROOT / "gpt2_tinystories.py", "--n-head", "5"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "gpt2_tinystories.py: --n-embd 768: must be a multiple of --n-head 5\n"
+
+
+def test_importing_is_light_and_trains_nothing(tmp_path):
+    code = (
+        "import sys, gpt2_tinystories, gpt2_generate\n"
+        "print([name for name in ('transformers', 'datasets', 'matplotlib') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
+                          env={"PYTHONPATH": str(ROOT), "PATH": ""})  # fmt: skip
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "precision"), [({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16"), ({}, "fp32")]
+)
+def test_the_cpu_computes_in_bf16_only_where_it_has_instructions_for_it(capabilities, precision, monkeypatch):
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: capabilities, raising=False)
+    assert project.pick_precision("auto", "cpu") == precision
+    assert project.pick_precision("auto", "mps") == "fp32"
+    assert project.pick_precision("bf16", "cpu") == "bf16"

@@ -1,0 +1,387 @@
+"""Training: gradients against a big batch, perplexity against transformers, whole runs, continued runs."""
+
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, make_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+import gpt2_tinystories as project
+
+
+def loader_of(encoded, batches):
+    return list(project.make_loader(encoded[0], batches))
+
+
+def gradients(model, batches, accum_steps):
+    model.zero_grad()
+    sums = project.backward(model, batches[:accum_steps])
+    return [p.grad.clone() for p in model.parameters() if p.requires_grad], [float(value) for value in sums]
+
+
+@pytest.mark.parametrize("stories", [list(range(8)), [5, 6, 7, 8, 9, 10, 11]], ids=["full window", "partial window"])
+@pytest.mark.parametrize("unequal", [False, True])
+def test_accumulated_batches_give_the_gradients_of_one_big_batch(stories, unequal, model, encoded, tokenizer):
+    big = loader_of(encoded, [stories])
+    small = loader_of(encoded, [stories[:4], stories[4:]])
+    if unequal:  # the first four stories are only two tokens long
+        for input_ids, targets in (big[0], small[0]):
+            targets[:4, 2:] = project.IGNORE
+        small[0] = tuple(tensor[:, :2] for tensor in small[0])
+    expected, expected_sums = gradients(model, big, 1)
+    found, sums = gradients(model, small, 2)
+    assert sums == pytest.approx(expected_sums, rel=1e-5)
+    for one, two in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-4)
+
+
+def test_the_loss_and_its_gradients_are_those_of_transformers(model, encoded, tmp_path):
+    project.save_checkpoint(tmp_path / "epoch_1", model, {})
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "epoch_1").eval()
+    input_ids, targets = loader_of(encoded, [[0, 1, 2]])[0]
+    labels = torch.cat((torch.full((3, 1), project.IGNORE), targets), dim=1)  # transformers moves them by one itself
+    inputs = torch.cat((input_ids, torch.zeros(3, 1, dtype=torch.long)), dim=1)[:, :64]
+    loss = theirs(inputs, labels=labels[:, :64]).loss
+    loss.backward()
+    targets = targets.clone()
+    targets[:, 63:] = project.IGNORE
+    _, (loss_sum, _, n_tokens) = gradients(model.eval(), [(input_ids, targets)], 1)
+    assert loss_sum / n_tokens == pytest.approx(loss.item(), rel=1e-5)
+    torch.testing.assert_close(model.h[1].mlp.c_fc.weight.grad, theirs.transformer.h[1].mlp.c_fc.weight.grad.T, atol=1e-6, rtol=1e-3)
+    torch.testing.assert_close(model.lm_head.weight.grad, theirs.lm_head.weight.grad, atol=1e-6, rtol=1e-3)
+
+
+def test_padding_never_changes_a_loss(model, encoded):
+    model.eval()
+    for input_ids, targets in loader_of(encoded, [[3], [7]]):
+        padded = torch.nn.functional.pad(input_ids, (0, 64 - input_ids.size(1) if input_ids.size(1) < 64 else 0), value=9)
+        more = torch.nn.functional.pad(targets, (0, padded.size(1) - targets.size(1)), value=project.IGNORE)
+        shorter = targets.clone()
+        shorter[:, 30:] = project.IGNORE
+        alone = project.score(model, input_ids[:, :30], targets[:, :30])
+        assert project.score(model, input_ids, shorter)[0].item() == pytest.approx(alone[0].item(), rel=1e-5)
+        assert project.score(model, input_ids, shorter)[1] == alone[1]
+        assert project.score(model, padded, more)[0].item() == pytest.approx(project.score(model, input_ids, targets)[0].item(), rel=1e-5)
+
+
+def test_accuracy_counts_right_guesses_by_hand(model, encoded):
+    input_ids, targets = loader_of(encoded, [[0, 1]])[0]
+    guesses = model.eval()(input_ids).argmax(-1)
+    by_hand = sum(g == t for g, t in zip(guesses.flatten().tolist(), targets.flatten().tolist(), strict=True) if t >= 0)
+    loss, accuracy = project.evaluate(model, [(input_ids, targets)])
+    assert accuracy == pytest.approx(by_hand / int((targets >= 0).sum()))
+
+
+def test_perplexity_equals_that_of_transformers_for_every_batch_size(model, encoded, tmp_path):
+    project.save_checkpoint(tmp_path / "epoch_1", model, {})
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "epoch_1").eval()
+    ids, lengths, _ = encoded
+    nats = tokens = 0
+    for story in ids:
+        story = torch.tensor([story.as_py()])
+        logits = theirs(story[:, :-1]).logits[0].log_softmax(-1)
+        nats -= logits.gather(1, story[0, 1:, None]).sum().item()
+        tokens += story.size(1) - 1
+    for batch_size in (1, 7, 60):
+        loader = project.make_loader(ids, project.epoch_batches(lengths, batch_size, 0, 0))
+        assert project.compute_perplexity(model, loader) == pytest.approx(math.exp(nats / tokens), rel=1e-4)
+
+
+def test_the_learning_rate_warms_up_and_decays_to_zero():
+    settings = project.Settings(learning_rate=1.0, warmup_steps=4)
+    rates = [project.learning_rate_at(step, 50, settings) for step in range(50)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert rates[27] == pytest.approx(0.5) and rates[49] == pytest.approx(1 / 46)
+    assert min(rates) > 0
+    assert project.learning_rate_at(0, 1, settings) == 1.0
+    many = project.Settings(learning_rate=1.0, warmup_steps=1000)
+    assert max(range(100), key=lambda step: project.learning_rate_at(step, 100, many)) == 10  # a tenth at most
+
+
+def test_only_matrices_are_decayed(model):
+    decayed, kept = project.make_optimizer(model, project.Settings(weight_decay=0.3)).param_groups
+    assert decayed["weight_decay"] == 0.3 and all(p.dim() == 2 for p in decayed["params"])
+    assert kept["weight_decay"] == 0 and all(p.dim() == 1 for p in kept["params"])
+
+
+# --- Whole runs
+
+
+def train(arguments="", base=TINY):
+    project.main(f"{base} {arguments}".split())
+
+
+def read_run(folder="checkpoints", epoch=2):
+    record = json.loads(project.Path(folder, f"epoch_{epoch}", "training.json").read_text())
+    return project.load_checkpoint(project.Path(folder, f"epoch_{epoch}")), record
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a finished tiny run, made once for the tests that only look at it."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        train()
+    return folder
+
+
+def test_a_run_leaves_what_the_readme_says(finished):
+    assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == ["data", "epoch_1", "epoch_2", "last"]
+    standard = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    for epoch in (1, 2):
+        folder = finished / "checkpoints" / f"epoch_{epoch}"
+        assert {path.name for path in folder.iterdir()} == standard | {"training.json", "sample.txt"}
+        assert (folder / "sample.txt").read_text().startswith("Once upon a time, in a small village")
+    last = {path.name for path in (finished / "checkpoints" / "last").iterdir()}
+    assert last == standard | {"training.json", "training_state.pt"}
+    assert {path.name for path in (finished / "plots").iterdir()} == {"training_metrics.png", "training_metrics.csv"}
+    assert (finished / "plots" / "training_metrics.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_the_record_holds_settings_data_epochs_and_versions(finished, monkeypatch):
+    monkeypatch.chdir(finished)
+    model, record = read_run()
+    assert record["settings"]["n_embd"] == 32 and record["settings"].keys() == {f.name for f in project.fields(project.Settings)}
+    data = record["data"]
+    assert data["source"] == "built-in stories" and data["stories"] == project.N_BUILT_IN
+    assert data["train_stories"] + data["test_stories"] == 80
+    assert data["train_tokens"] > 0 and data["tokens_cut"] > 0
+    keys = "epoch train_loss train_accuracy test_loss test_perplexity test_accuracy tokens seconds".split()
+    for number, epoch in enumerate(record["epochs"], 1):
+        assert set(keys) <= epoch.keys() and epoch["epoch"] == number
+        assert epoch["tokens"] == data["train_tokens"]  # every story once
+        assert epoch["test_perplexity"] == pytest.approx(math.exp(epoch["test_loss"]))
+    assert record["epochs"][1]["test_perplexity"] < record["epochs"][0]["test_perplexity"]
+    assert {"python", "torch", "transformers", "datasets"} <= record["versions"].keys()
+    steps = [step for step, _ in record["curve"]]
+    assert steps == list(range(1, 11))  # 72 stories, 8 × 2 a step: 5 steps an epoch
+    lines = (finished / "plots" / "training_metrics.csv").read_text().splitlines()
+    assert len(lines) == 1 + 10 + 2 and lines[0].startswith("epoch,step,train_loss")
+
+
+def test_transformers_loads_a_checkpoint_and_writes_the_same_text(finished):
+    folder = finished / "checkpoints" / "epoch_2"
+    ours, theirs = project.load_checkpoint(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
+    input_ids = torch.randint(0, 400, (2, 30))
+    torch.testing.assert_close(ours(input_ids), theirs(input_ids).logits, atol=1e-4, rtol=1e-4)
+    assert theirs.dtype == torch.float32
+    writer = pipeline("text-generation", model=str(folder))
+    text = writer("Once upon a time", do_sample=False, max_new_tokens=20)[0]["generated_text"]
+    assert text == project.generate_text(ours, "Once upon a time", 20)
+    assert len(AutoTokenizer.from_pretrained(folder)) == 400
+
+
+def test_the_recorded_test_loss_is_that_of_the_saved_model(finished, monkeypatch):
+    monkeypatch.chdir(finished)
+    model, record = read_run()
+    ids = next((finished / "checkpoints" / "data").glob("test-*.arrow"))
+    import datasets
+
+    column = datasets.Dataset.from_file(str(ids)).data.column("ids")
+    loss = project.evaluate(model, project.make_loader(column, [[i] for i in range(len(column))]))[0]
+    assert record["epochs"][1]["test_loss"] == pytest.approx(loss, rel=2e-3)  # computed in bf16 where the CPU has it
+
+
+def test_dropout_is_on_again_after_a_sample(workspace, monkeypatch):
+    modes = []
+    score = project.backward.__defaults__[0]
+
+    def spy(model, input_ids, targets):
+        if torch.is_grad_enabled():
+            modes.append((model.training, model.h[0].attn.training))
+        return score(model, input_ids, targets)
+
+    monkeypatch.setattr(project, "score", spy)
+    train()
+    assert len(modes) == 18 and set(modes) == {(True, True)}
+
+
+def test_the_same_command_twice_gives_the_same_weights(finished, workspace):
+    train()
+    for name, one, two in zip_weights(finished, workspace):
+        assert torch.equal(one, two), name
+
+
+def zip_weights(one, two):
+    from safetensors.torch import load_file
+
+    first, second = (load_file(folder / "checkpoints" / "epoch_2" / "model.safetensors") for folder in (one, two))
+    assert first.keys() == second.keys()
+    return [(name, first[name], second[name]) for name in first]
+
+
+@pytest.mark.parametrize("stop_after", [1, 3, 5, 8])
+def test_a_continued_run_ends_like_an_unbroken_one(stop_after, finished, workspace, monkeypatch, capsys):
+    """Stopped after so many steps, in the middle of an epoch or at its end, with a save after every step."""
+    drain, arguments = project.drain, "--save-every 0"
+
+    def stopping(pending, progress, record):
+        if progress["step"] > stop_after:
+            raise KeyboardInterrupt
+        drain(pending, progress, record)
+
+    monkeypatch.setattr(project, "drain", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        train(arguments)
+    monkeypatch.setattr(project, "drain", drain)
+    train(arguments)
+    for name, one, two in zip_weights(finished, workspace):
+        assert torch.equal(one, two), name
+    (_, record), (_, unbroken) = read_run(), read_run(finished / "checkpoints")
+    for one, two in zip(record["epochs"], unbroken["epochs"], strict=True):
+        assert {**one, "seconds": 0} == pytest.approx({**two, "seconds": 0})
+    assert np.allclose(record["curve"], unbroken["curve"])
+
+
+@pytest.mark.parametrize("broken", ["evaluate", "generate_text", "write_plots"])
+def test_what_fails_after_an_epoch_loses_nothing(broken, finished, workspace, monkeypatch):
+    def failing(*_, **__):
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(project, broken, failing)
+        with pytest.raises(ZeroDivisionError):
+            train()
+    train()
+    for name, one, two in zip_weights(finished, workspace):
+        assert torch.equal(one, two), name
+    assert len(read_run()[1]["epochs"]) == 2
+
+
+def test_a_save_that_is_cut_short_leaves_the_checkpoint_before_it(workspace, model, monkeypatch, tokenizer):
+    folder = workspace / "checkpoints" / "last"
+    project.save_checkpoint(folder, model, {"settings": {}, "number": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(project, "flush", lambda path: (_ for _ in ()).throw(OSError("no space left on device")))
+        with pytest.raises(OSError, match="no space"):
+            project.save_checkpoint(folder, model, {"settings": {}, "number": 2})
+    assert json.loads((folder / "training.json").read_text())["number"] == 1
+    project.load_checkpoint(folder)
+    (workspace / "checkpoints" / "last").rename(workspace / "checkpoints" / "last.old")  # between the two renames
+    with pytest.raises(project.InputError, match="another run"):
+        project.previous_run(project.Settings())
+    assert [path.name for path in (workspace / "checkpoints").iterdir()] == ["last"]
+
+
+def test_a_finished_run_is_reported_and_left_alone(finished, monkeypatch, capsys):
+    monkeypatch.chdir(finished)
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    train("--device cpu --compile off --prompt Hello")  # these may change
+    assert "finished" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+
+
+def test_another_run_in_the_same_folder_is_refused_unless_it_may_overwrite(workspace, refused, capsys):
+    train()
+    line = refused(project.main, TINY + " --learning-rate 1e-3 --epochs 1")
+    assert "learning_rate was 0.0003, is 0.001" in line and "epochs was 2, is 1" in line and "--overwrite" in line
+    assert len(read_run()[1]["epochs"]) == 2
+    train("--epochs 1 --overwrite")
+    assert not (workspace / "checkpoints" / "epoch_2").exists()
+    assert len(read_run(epoch=1)[1]["epochs"]) == 1
+
+
+def test_a_run_whose_data_changed_is_refused(workspace, refused, monkeypatch):
+    stories = project.sample_stories(40) if hasattr(project, "sample_stories") else None
+    from sample_stories import sample_stories
+
+    stories = list(sample_stories(40))
+    arguments = TINY.replace("sample", "stories.txt").replace("0.008", "1") + " --max-steps 3"
+    (workspace / "stories.txt").write_text("<|endoftext|>".join(stories))
+    with monkeypatch.context() as patch:
+        patch.setattr(project, "evaluate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            project.main(arguments.split())
+    (workspace / "stories.txt").write_text("<|endoftext|>".join(stories[:-1]))
+    assert "stories was 40, is 39" in refused(project.main, arguments)
+
+
+@pytest.mark.parametrize("spoiled", ["cut", "pickle", "missing"])
+def test_a_broken_training_state_is_refused_in_one_line(spoiled, workspace, refused, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(project, "evaluate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train()
+    state = workspace / "checkpoints" / "last" / "training_state.pt"
+    content = {"cut": state.read_bytes()[:1000], "pickle": b"cos\nsystem\n(S'touch owned'\ntR."}.get(spoiled)
+    state.unlink()
+    if content:
+        state.write_bytes(content)
+    assert "training_state.pt" in refused(project.main, TINY)
+    assert not (workspace / "owned").exists()
+
+
+def test_max_steps_ends_the_run_and_the_decay_there(workspace, capsys):
+    train("--max-steps 7")
+    _, record = read_run()
+    assert [epoch["step"] for epoch in record["epochs"]] == [5, 7]
+    assert record["epochs"][1]["tokens"] < record["epochs"][0]["tokens"]
+    train("--max-steps 7")
+    assert "finished" in capsys.readouterr().out
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(workspace, refused, monkeypatch):
+    score = project.score
+    calls = []
+
+    def poisoned(model, input_ids, targets):
+        loss, right = score(model, input_ids, targets)
+        if torch.is_grad_enabled():
+            calls.append([p.detach().clone() for p in model.parameters()] + [model])
+        return (loss * float("nan") if len(calls) == 5 else loss), right
+
+    monkeypatch.setattr(project, "score", poisoned)
+    line = refused(project.main, TINY)
+    assert "step 3" in line and "not finite" in line
+    *before, model = calls[4]
+    assert all(torch.equal(one, two) for one, two in zip(before, model.parameters(), strict=True))
+
+
+def test_a_compiler_that_fails_is_reported_and_the_run_goes_on(finished, workspace, monkeypatch, capsys):
+    def broken(function, **_):
+        def fail(*_):
+            raise RuntimeError("no working compiler\nlong story")
+
+        return fail
+
+    monkeypatch.setattr("torch.compile", broken)
+    train("--compile on")
+    assert capsys.readouterr().out.count("compile    off: RuntimeError: no working compiler") == 1
+    for name, one, two in zip_weights(finished, workspace):
+        assert torch.equal(one, two), name
+
+
+def test_a_long_run_is_announced_with_a_shorter_command(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["gpt2_tinystories.py", "--seed", "1"])
+    assert project.note_if_long(11 * 3600, project.Settings()) and capsys.readouterr().out == ""
+    project.note_if_long(50 * 3600, project.Settings())
+    shown = capsys.readouterr().out
+    assert "about 50 hours" in shown and "gpt2_tinystories.py --seed 1 --fraction 0.002 " in shown
+
+
+def test_out_of_memory_is_one_line_with_a_way_out(capsys):
+    def main():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate …\nmany lines")
+
+    with pytest.raises(SystemExit):
+        project.run(main)
+    assert re.fullmatch(r".*out of memory: halve --batch-size and double --accum-steps.*\n", capsys.readouterr().err)
+
+
+def test_a_trained_model_learns_to_end_its_stories(workspace):
+    """Two stories by heart: text and end come out exactly."""
+    stories = ["Tom had a red ball. He lost it. He was sad.", "Lily saw a cat. The cat was big. They played all day."]
+    project.Path("two.txt").write_text("<|endoftext|>".join(stories * 1 + [f"{s} The end." for s in stories]))
+    sizes = "--tokenizer bpe:300 --n-positions 128 --n-embd 64 --n-head 4 --n-inner 128 --dropout 0 --test-fraction 0.25"
+    training = "--fraction 1 --epochs 60 --learning-rate 3e-3 --batch-size 3 --accum-steps 1 --save-every 100"
+    project.main(f"--data two.txt {sizes} {training}".split())
+    model, record = read_run(epoch=60)
+    assert record["epochs"][-1]["train_loss"] < 0.2
+    for start in ("Tom had", "Lily saw"):
+        text = project.generate_text(model, start, max_length=120)
+        assert text in {*stories, *(f"{story} The end." for story in stories)}
