@@ -480,9 +480,7 @@ def generate_text(model, prompt, max_length=50, method="greedy", *, temperature=
     require(top_k >= 0, "top_k", top_k, "must be at least 0")
     require(0 < top_p <= 1, "top_p", top_p, "must be above 0 and at most 1")
     require(num_samples >= 1, "num_samples", num_samples, "must be at least 1")
-    require(prompt.strip(), "prompt", repr(prompt), "must not be empty")
-    ids, n_positions, eos = encode(model.tokenizer, prompt), model.config.n_positions, model.tokenizer.eos_token_id
-    require(len(ids) <= n_positions, "prompt", repr(prompt[:30] + "…"), f"{len(ids)} tokens, {n_positions} fit")
+    ids, n_positions, eos = encode_prompt(model, prompt), model.config.n_positions, model.tokenizer.eos_token_id
     generator = None if seed is None else torch.Generator(model.device).manual_seed(seed)
     tokens = torch.tensor([ids] * num_samples, device=model.device)  # (B, T)
     inputs, cache, ended = tokens, [{} for _ in model.h], torch.zeros_like(tokens[:, 0], dtype=torch.bool)
@@ -509,6 +507,13 @@ def generate_text(model, prompt, max_length=50, method="greedy", *, temperature=
     rows = [row[: row.index(eos, len(ids))] if eos in row[len(ids) :] else row for row in tokens.tolist()]
     texts = [model.tokenizer.decode(row) for row in rows]
     return texts if num_samples > 1 else texts[0]
+
+
+def encode_prompt(model, prompt):
+    require(prompt.strip(), "prompt", repr(prompt), "must not be empty")
+    ids, n_positions = encode(model.tokenizer, prompt), model.config.n_positions
+    require(len(ids) <= n_positions, "prompt", repr(prompt[:30] + "…"), f"has {len(ids)} tokens, {n_positions} fit")
+    return ids
 
 
 def next_probabilities(logits, temperature, top_k, top_p):
@@ -642,7 +647,6 @@ def replace_text(path, text):
 
 def load_checkpoint(folder, device="cpu"):
     """The model in a checkpoint folder with its tokenizer, in eval mode. Raises InputError for anything unusable."""
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
     from transformers import GPT2Config
 
@@ -653,8 +657,8 @@ def load_checkpoint(folder, device="cpu"):
             raise ValueError(f"a {values['model_type']} model with {values['activation_function']}, not a GPT-2")
         model = GPT(GPT2Config(**values), load_tokenizer(str(folder)))
         weights = load_file(folder / "model.safetensors")
-    except (OSError, ValueError, TypeError, LookupError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{folder}: not a checkpoint that can be read: {error or type(error).__name__}") from error
+    except Exception as error:  # each kind of broken file raises another exception; the message names the cause
+        raise InputError(f"{folder}: not a checkpoint that can be read: {error!r}") from error
     n_known, vocab_size = len(model.tokenizer), model.config.vocab_size
     if n_known != vocab_size:
         raise InputError(f"{folder}: the tokenizer has {n_known} tokens, the model a vocabulary of {vocab_size}")
@@ -738,18 +742,24 @@ def compile_score(model, batch, autocast):
 
 
 def drain(pending, progress, record):
-    """Add up the latest steps, (loss, right, bad, tokens) each: only here the training loop waits for the device."""
-    sums = torch.stack([torch.stack([value.float() for value in step[:3]]) for step in pending])
-    losses, rights, bads = sums.cpu().double().T.tolist()
-    if any(bads):
-        step = progress["step"] - len(pending) + bads.index(1) + 1
-        raise InputError(f"step {step}: the loss or its gradient is not finite, and the run stops; what is saved is "
-                         "still good. Try a smaller --learning-rate, or --precision fp32")
-    now, n_tokens = time.monotonic(), sum(step[3] for step in pending)
-    record["curve"].append([progress["step"], sum(losses) / n_tokens])
-    news = {"loss": sum(losses), "right": sum(rights), "tokens": n_tokens, "seconds": now - progress["drained_at"]}
-    progress.update({name: progress[name] + value for name, value in news.items()}, drained_at=now)
+    """Add the latest steps, (loss, right, bad, tokens) each, to progress and curve, one by one: it does not matter how
+    many come at once. Only here training waits for the device. Returns the loss a token of the last step."""
+    sums = torch.stack([torch.stack([value.float() for value in step[:3]]) for step in pending]).tolist()
+    first = progress["step"] - len(pending) + 1
+    for step, ((loss, right, bad), (*_, n_tokens)) in enumerate(zip(sums, pending, strict=True), first):
+        if bad:
+            raise InputError(f"step {step}: the loss or its gradient is not finite, the run stops; what is saved is "
+                             "good. Try a smaller --learning-rate, or --precision fp32")
+        for name, value in (("loss", loss), ("right", right), ("tokens", n_tokens)):
+            progress[name] += value
+        progress["point"] = [progress["point"][0] + loss, progress["point"][1] + n_tokens]
+        if step % record["steps_per_point"] == 0 or step == record["steps"]:
+            record["curve"].append([step, progress["point"][0] / progress["point"][1]])
+            progress["point"] = [0.0, 0]
+    now = time.monotonic()
+    progress.update(seconds=progress["seconds"] + now - progress["drained_at"], drained_at=now)
     pending.clear()
+    return loss / n_tokens
 
 
 def save_last(folder, model, record, progress, optimizer, scaler):
@@ -760,9 +770,9 @@ def save_last(folder, model, record, progress, optimizer, scaler):
 
 
 def restore_last(folder, optimizer, scaler):
-    """Load what save_last saved, but for the weights; returns the progress, all zero where nothing was saved."""
+    """Load what save_last saved, but for the weights; returns the progress, at step 0 where nothing was saved."""
     path = folder / "last" / "training_state.pt"
-    progress = {"step": 0, "loss": 0.0, "right": 0.0, "tokens": 0, "seconds": 0.0}
+    progress = {"step": 0, "point": [0.0, 0]}
     if path.parent.exists():
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -772,7 +782,7 @@ def restore_last(folder, optimizer, scaler):
             progress = state["progress"]
         except Exception as error:  # each kind of broken file raises another exception; the message names the cause
             raise InputError(f"{path}: cannot be read, --overwrite starts over: {error}") from error
-    return progress | {"saved_at": time.monotonic(), "drained_at": time.monotonic()}
+    return progress | {"saved_at": time.monotonic()}
 
 
 def train(model, train_set, test_set, settings, record, precision):
@@ -791,7 +801,7 @@ def train(model, train_set, test_set, settings, record, precision):
     for epoch in range(len(record["epochs"]) + 1, math.ceil(n_steps / per_epoch) + 1):
         start, stop = (epoch - 1) * per_epoch, min(epoch * per_epoch, n_steps)
         if progress["step"] == start:
-            progress.update(loss=0.0, right=0.0, tokens=0, seconds=0.0)
+            progress.update(loss=0.0, right=0, tokens=0, seconds=0.0)
         batches = epoch_batches(lengths, settings.batch_size, settings.seed, epoch)
         batches = batches[(progress["step"] - start) * accum_steps : (stop - start) * accum_steps]
         loader, pending, progress["drained_at"] = iter(make_loader(ids, batches)), [], time.monotonic()
@@ -814,11 +824,11 @@ def train(model, train_set, test_set, settings, record, precision):
             pending.append((loss, right, bad, n_tokens))
             bar.update()
             save_now = time.monotonic() - progress["saved_at"] > 60 * settings.save_every
-            if progress["step"] % math.ceil(n_steps / 1000) == 0 or progress["step"] == stop or save_now:
-                drain(pending, progress, record)
+            if progress["step"] % record["steps_per_point"] == 0 or progress["step"] == stop or save_now:
+                loss = drain(pending, progress, record)
                 left = (n_steps - progress["step"]) * bar.format_dict["elapsed"] / (bar.n - bar.initial)
                 speed = f"{progress['tokens'] / progress['seconds']:,.0f} tokens/s"
-                bar.set_postfix_str(f"loss {record['curve'][-1][1]:.3f}, {speed}, run {bar.format_interval(left)}")
+                bar.set_postfix_str(f"loss {loss:.3f}, {speed}, run {bar.format_interval(left)}")
                 noted = noted or (bar.n - bar.initial >= 5 and note_if_long(left, settings))
             if save_now:
                 save_last(folder, model, record, progress, optimizer, scaler)
@@ -914,13 +924,16 @@ def main(argv=None):
         model = load_checkpoint(folder / "last", device)
     else:
         model = GPT(model_config(settings, tokenizer), tokenizer).to(device)
+        encode_prompt(model, settings.prompt)  # better refused now than after the first epoch
         for stale in (*folder.glob("epoch_*"), *folder.glob("last")):  # --overwrite
             shutil.rmtree(stale)
     per_epoch = math.ceil(math.ceil(data["train_stories"] / settings.batch_size) / settings.accum_steps)
     steps = min(settings.max_steps or math.inf, settings.epochs * per_epoch)
     record = {"settings": asdict(settings), "data": data, "parameters": sum(p.numel() for p in model.parameters()),
-              "steps": steps, "steps_per_epoch": per_epoch, "epochs": before["epochs"] if before else [],
-              "curve": before["curve"] if before else [], "versions": versions()}
+              "steps": steps, "steps_per_epoch": per_epoch, "steps_per_point": math.ceil(steps / 1000),
+              "epochs": [], "curve": [], "versions": versions()}
+    if before:
+        record |= {"epochs": before["epochs"], "curve": before["curve"]}
     print(f"model      {record['parameters'] / 1e6:.1f} M parameters, on {device} in {precision}")
     print(f"training   {steps:,} steps of {settings.batch_size} x {settings.accum_steps} stories", flush=True)
     train(model, train_set, test_set, settings, record, precision)

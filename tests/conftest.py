@@ -15,7 +15,8 @@ from transformers import GPT2Config
 import gpt2_tinystories as project
 from sample_stories import sample_stories
 
-TINY = "--data sample --fraction 0.008 --tokenizer bpe:400 --n-positions 64 --n-embd 32 --n-head 2 --n-inner 64 --epochs 2"
+SIZES = "--n-positions 64 --n-embd 32 --n-head 2 --n-inner 64"
+TINY = f"--data sample --fraction 0.0067 --epochs 2 --tokenizer bpe:400 {SIZES}"
 
 
 @pytest.fixture(scope="session")

@@ -189,7 +189,8 @@ def test_an_epoch_holds_every_story_once(n, batch_size):
     lengths = np.random.default_rng(0).integers(1, 256, n)
     batches = project.epoch_batches(lengths, batch_size, seed=1, epoch=3)
     assert sorted(np.concatenate(batches).tolist()) == list(range(n))
-    assert sorted(map(len, batches), reverse=True) == [batch_size] * (n // batch_size) + [n % batch_size] * (n % batch_size > 0)
+    whole, rest = divmod(n, batch_size)
+    assert sorted(map(len, batches), reverse=True) == [batch_size] * whole + [rest] * (rest > 0)
 
 
 def test_batches_depend_on_their_arguments_alone():

@@ -33,13 +33,15 @@ def test_greedy_text_equals_that_of_transformers(prompt, model, checkpoint):
     theirs = AutoModelForCausalLM.from_pretrained(checkpoint)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     inputs = tokenizer(prompt, return_tensors="pt")
-    expected = tokenizer.decode(theirs.generate(**inputs, do_sample=False, max_new_tokens=40)[0], skip_special_tokens=True)
+    ids = theirs.generate(**inputs, do_sample=False, max_new_tokens=40)[0]
+    expected = tokenizer.decode(ids, skip_special_tokens=True)
     assert project.generate_text(model, prompt, max_length=40) == expected
     assert len(expected) > len(prompt)
 
 
 @pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.7, 0, 1.0), (1.0, 5, 1.0), (1.0, 0, 0.6), (1.3, 9, 0.8), (1, 999, 1e-9)]
+    ("temperature", "top_k", "top_p"),
+    [(1.0, 0, 1.0), (0.7, 0, 1.0), (1.0, 5, 1.0), (1.0, 0, 0.6), (1.3, 9, 0.8), (1, 999, 1e-9)],
 )
 def test_sampling_probabilities_equal_those_of_transformers(temperature, top_k, top_p):
     logits = 3 * torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
@@ -127,7 +129,7 @@ def test_a_prompt_that_fills_the_context_is_read_and_a_longer_one_refused(model)
         fitting = fitting[2:]
     assert len(project.encode(model.tokenizer, fitting)) == n_positions
     assert project.generate_text(model, fitting, 3).startswith(fitting)
-    with pytest.raises(project.InputError, match="65 tokens, 64 fit"):
+    with pytest.raises(project.InputError, match="has 65 tokens, 64 fit"):
         project.generate_text(model, fitting + " a")
 
 
@@ -188,8 +190,8 @@ def test_the_script_writes_a_story_for_every_prompt(checkpoint, model, capsys):
 
 
 def test_its_flags_reach_the_generator(checkpoint, model, capsys):
-    arguments = "--method sample --num-samples 2 --seed 5 --top-k 7 --top-p 0.8 --temperature 0.9 --max-length 15 --prompt One"
-    gpt2_generate.main(arguments.split())
+    arguments = "--method sample --num-samples 2 --seed 5 --top-k 7 --top-p 0.8 --temperature 0.9"
+    gpt2_generate.main([*arguments.split(), "--max-length", "15", "--prompt", "One"])
     shown = capsys.readouterr().out
     options = {"temperature": 0.9, "top_k": 7, "top_p": 0.8}
     expected = [project.generate_text(model, "One", 15, "sample", seed=seed, **options) for seed in (5, 6)]
@@ -206,9 +208,9 @@ def test_the_newest_epoch_is_found_by_number(workspace, tokenizer):
 def test_interactive_reads_prompts_and_survives_a_bad_one(checkpoint, model, capsys, monkeypatch):
     typed = iter(["Tom had", "word " * 100, "Lily saw", ""])
     monkeypatch.setattr("builtins.input", lambda _: next(typed))
-    gpt2_generate.main("--interactive --max-length 10".split())
+    gpt2_generate.main(["--interactive", "--max-length", "10"])
     shown = capsys.readouterr().out
-    assert project.generate_text(model, "Tom had", 10) in shown and project.generate_text(model, "Lily saw", 10) in shown
+    assert all(project.generate_text(model, prompt, 10) in shown for prompt in ("Tom had", "Lily saw"))
     assert "--prompt 'word word" in shown
 
 
@@ -219,7 +221,14 @@ def test_without_a_checkpoint_it_says_what_to_do(workspace, refused):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--prompt", ""], ["--prompt", "word " * 100], ["--top-p", "2"], ["--num-samples", "0"], ["--num-samples", "2"], ["--temp", "1"]],
+    [
+        ["--prompt", ""],
+        ["--prompt", "word " * 100],
+        ["--top-p", "2"],
+        ["--num-samples", "0"],
+        ["--num-samples", "2"],
+        ["--temp", "1"],
+    ],
 )
 def test_bad_arguments_are_refused_in_one_line(arguments, checkpoint, refused):
     assert arguments[0] in refused(gpt2_generate.main, arguments)

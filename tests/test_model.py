@@ -82,7 +82,8 @@ def test_positions_are_as_large_as_token_embeddings_and_not_trained(tokenizer):
     rms = {name: getattr(model, name).weight.square().mean().sqrt().item() for name in ("wte", "wpe")}
     assert rms["wpe"] == pytest.approx(rms["wte"], rel=0.05)
     assert not model.wpe.weight.requires_grad
-    trained = {id(p) for group in project.make_optimizer(model, project.Settings()).param_groups for p in group["params"]}
+    groups = project.make_optimizer(model, project.Settings()).param_groups
+    trained = {id(p) for group in groups for p in group["params"]}
     assert trained == {id(p) for p in model.parameters()} - {id(model.wpe.weight)}
 
 

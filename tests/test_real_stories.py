@@ -46,5 +46,5 @@ def test_a_run_on_real_stories_learns(tmp_path, monkeypatch):
     project.main(f"--data {STORIES} --tokenizer {TOKENIZER} {sizes}".split())
     model = project.load_checkpoint("checkpoints/epoch_2")
     assert model.config.vocab_size == 50_257
-    first, second = (project.json.loads(Path(f"checkpoints/epoch_2/training.json").read_text())["epochs"])
+    first, second = project.json.loads(Path("checkpoints/epoch_2/training.json").read_text())["epochs"]
     assert second["test_perplexity"] < first["test_perplexity"] < 5_000

@@ -29,7 +29,9 @@ def test_help_shows_the_description_and_every_flag_with_its_default(module, caps
 
 
 def test_flags_fill_the_settings_with_their_types():
-    settings = project.parse(project.Settings, "", "--n-embd 96 --learning-rate 1e-3 --overwrite --data x.txt".split())
+    settings = project.parse(
+        project.Settings, "", ["--n-embd", "96", "--learning-rate", "1e-3", "--overwrite", "--data", "x.txt"]
+    )
     assert (settings.n_embd, settings.learning_rate, settings.overwrite, settings.data) == (96, 1e-3, True, "x.txt")
     assert project.parse(project.Settings, "", []) == project.Settings()
     repeated = project.parse(gpt2_generate.Settings, "", ["--prompt", "A", "--prompt", "B"])

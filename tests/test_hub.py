@@ -1,0 +1,128 @@
+"""`--data auto` with and without a network, against a small Hub of our own on the loopback address."""
+
+import hashlib
+import http.server
+import io
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from urllib.parse import unquote, urlparse
+
+import datasets
+import pytest
+
+import gpt2_tinystories as project
+from sample_stories import sample_stories
+
+ROOT = Path(project.__file__).parent
+REPO, COMMIT, FILE = "roneneldan/TinyStories", "0123456789abcdef" * 2 + "01234567", "data/train-00000-of-00001.parquet"
+STORIES = list(sample_stories(40))
+ARGUMENTS = "--fraction 1 --tokenizer bpe:300 --n-positions 64 --n-embd 16 --n-head 2 --n-inner 16 --max-steps 2"
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the Hugging Face Hub as `datasets` asks for to load one Parquet file."""
+
+    content = b""
+
+    def do_HEAD(self):
+        self.answer(head=True)
+
+    def do_GET(self):
+        self.answer()
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.answer()
+
+    def answer(self, head=False):
+        path = unquote(urlparse(self.path).path)
+        entry = {"type": "file", "path": FILE, "size": len(self.content), "oid": hashlib.sha1(self.content).hexdigest()}
+        body, headers = b"", {}
+        if path in ("", "/"):
+            body = b"hub"
+        elif path == f"/datasets/{REPO}/resolve/{COMMIT}/{FILE}":
+            body = self.content
+            headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{entry["oid"]}"', "Accept-Ranges": "bytes"}
+        elif path.startswith(f"/api/datasets/{REPO}/tree/"):
+            inside = path.removeprefix(f"/api/datasets/{REPO}/tree/").partition("/")[2] == "data"
+            folder = {"type": "directory", "path": "data", "size": 0, "oid": COMMIT}
+            body = json.dumps([entry if inside else folder]).encode()
+        elif path.startswith(f"/api/datasets/{REPO}/paths-info/"):
+            body = json.dumps([entry]).encode()
+        elif path in (f"/api/datasets/{REPO}", *(f"/api/datasets/{REPO}/revision/{name}" for name in ("main", COMMIT))):
+            body = json.dumps({"id": REPO, "sha": COMMIT, "siblings": [{"rfilename": FILE}], "tags": []}).encode()
+        else:
+            headers = {"X-Error-Code": "EntryNotFound"}
+        self.send_response(200 if body else 404)
+        for name, value in {"Content-Length": str(len(body)), "Content-Type": "application/json", **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if not head:
+            self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub():
+    parquet = io.BytesIO()
+    datasets.Dataset.from_dict({"text": STORIES}).to_parquet(parquet)
+    handler = type("FilledHub", (Hub,), {"content": parquet.getvalue()})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def train(folder, endpoint, arguments=ARGUMENTS):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    environment |= {"HF_HOME": str(folder / "hf_home"), "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1"}
+    command = [sys.executable, ROOT / "gpt2_tinystories.py", *arguments.split()]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=200)
+
+
+def source(folder):
+    return json.loads((folder / "checkpoints" / "last" / "training.json").read_text())["data"]["source"]
+
+
+def test_auto_downloads_tinystories_once_and_keeps_them(hub, tmp_path):
+    done = train(tmp_path, hub)
+    assert done.returncode == 0, done.stderr
+    assert source(tmp_path) == "tinystories_local"
+    assert list(datasets.load_from_disk(tmp_path / "tinystories_local")["text"]) == STORIES
+    assert not (tmp_path / "tinystories_local.tmp").exists()
+    again = train(tmp_path, "http://127.0.0.1:9")  # the Hub is gone: nothing is asked, and it is the same run
+    assert again.returncode == 0 and "finished" in again.stdout
+
+
+def test_any_dataset_of_the_hub_can_be_named(hub, tmp_path):
+    assert train(tmp_path, hub, f"{ARGUMENTS} --data {REPO}").returncode == 0
+    assert source(tmp_path) == REPO
+    (tmp_path / "gone").mkdir()
+    os.rename(tmp_path / "hf_home", tmp_path / "gone" / "hf_home")
+    missing = train(tmp_path, hub, f"{ARGUMENTS} --data somebody/nothing")
+    assert missing.returncode == 2 and missing.stderr.count("\n") == 1 and "somebody/nothing" in missing.stderr
+    cached = train(tmp_path / "gone", "http://127.0.0.1:9", f"{ARGUMENTS} --data {REPO}")
+    assert cached.returncode == 0, cached.stderr
+
+
+def test_without_a_network_the_built_in_stories_are_used_quietly_and_plainly(tmp_path):
+    arguments = ARGUMENTS.replace("--fraction 1 ", "--fraction 0.01 ")
+    done = train(tmp_path, "http://127.0.0.1:9", arguments)
+    assert done.returncode == 0, done.stderr
+    assert "THE BUILT-IN STORIES are used" in done.stdout
+    assert "etry" not in done.stdout + done.stderr and "Warning" not in done.stderr
+    assert source(tmp_path) == "built-in stories"
+    assert not (tmp_path / "tinystories_local").exists()
+
+
+def test_an_explicit_tokenizer_never_falls_back(tmp_path):
+    done = train(tmp_path, "http://127.0.0.1:9", "--data sample --tokenizer gpt2")
+    assert done.returncode == 2
+    assert done.stderr.endswith("--tokenizer gpt2: not in the local cache, and the Hugging Face Hub cannot be reached; "
+                                "run once with a network, or use bpe:4096\n")  # fmt: skip
