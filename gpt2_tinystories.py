@@ -658,18 +658,18 @@ def load_checkpoint(folder, device="cpu"):
         model = GPT(GPT2Config(**values), load_tokenizer(str(folder)))
         weights = load_file(folder / "model.safetensors")
     except Exception as error:  # each kind of broken file raises another exception; the message names the cause
-        raise InputError(f"{folder}: not a checkpoint that can be read: {error!r}") from error
-    n_known, vocab_size = len(model.tokenizer), model.config.vocab_size
-    if n_known != vocab_size:
-        raise InputError(f"{folder}: the tokenizer has {n_known} tokens, the model a vocabulary of {vocab_size}")
-    state = model.state_dict()
+        raise InputError(f"{folder}: not a checkpoint that can be read: {type(error).__name__}: {error}") from error
+    n_known, state = len(model.tokenizer), model.state_dict()
+    if n_known != model.config.vocab_size:
+        raise InputError(f"{folder}: {n_known} tokens in the tokenizer, {model.config.vocab_size} in the model")
     if strange := {file_name_of(name) for name in state} ^ set(weights):
         raise InputError(f"{folder}: missing or unknown tensors, such as {min(strange)}")
     for name, parameter in state.items():
         weight = weights[file_name_of(name)].T if name.endswith(TRANSPOSED) else weights[file_name_of(name)]
-        if weight.shape != parameter.shape or not weight.isfinite().all():
-            raise InputError(f"{folder}: {name} {tuple(weight.shape)} holds numbers that are not finite, or is not of "
-                             f"the shape {tuple(parameter.shape)}")
+        if weight.shape != parameter.shape:
+            raise InputError(f"{folder}: {name} is {tuple(weight.shape)}, by config.json {tuple(parameter.shape)}")
+        if not weight.isfinite().all():
+            raise InputError(f"{folder}: {name} holds numbers that are not finite")
         parameter.copy_(weight)
     return model.to(device).eval()
 
