@@ -29,6 +29,7 @@ from functools import cache
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -182,39 +183,41 @@ def load_stories(data, cache_dir):
         from sample_stories import sample_stories
 
         return Dataset.from_dict({"text": list(sample_stories(N_BUILT_IN))}), BUILT_IN
-    path = Path(data)
+    path, files = Path(data), (".txt", ".jsonl", ".parquet")
     if path.exists():
-        require(path.is_dir() or path.suffix in (".txt", ".jsonl", ".parquet"), "data", data,
-                "neither a folder nor a .txt, .jsonl or .parquet file")
+        require(path.is_dir() or path.suffix in files, "data", data, f"neither a folder nor one of {', '.join(files)}")
     else:
-        require(re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", data) and path.suffix not in (".txt", ".jsonl", ".parquet"),
-                "data", data, "no such file or folder")
+        hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", data) and path.suffix not in files
+        require(hub_id, "data", data, "no such file or folder")
         if not hub_answers():
             os.environ["HF_HUB_OFFLINE"] = "1"  # read by datasets when it is imported: it then asks its cache alone
-    import datasets
-
     try:
-        if path.is_dir():
-            stories = datasets.load_from_disk(data)
-        elif path.suffix == ".txt":
-            version = {"path": data, "size": path.stat().st_size, "changed": path.stat().st_mtime_ns}
-            stories = datasets.Dataset.from_generator(read_text_file, gen_kwargs=version, cache_dir=str(cache_dir))
-        elif path.exists():
-            kind = "json" if path.suffix == ".jsonl" else "parquet"
-            stories = datasets.load_dataset(kind, data_files=data, split="train", cache_dir=str(cache_dir))
-        else:
-            stories = datasets.load_dataset(data, split="train")
-    except (OSError, ValueError, TypeError, LookupError, datasets.exceptions.DatasetsError) as error:
-        if not path.exists() and not hub_answers():
-            raise InputError(f"--data {data}: not here, and the Hugging Face Hub cannot be reached") from error
-        raise InputError(f"--data {data}: cannot be read as stories: {error.__cause__ or error}") from error
-    if isinstance(stories, datasets.DatasetDict):
+        stories = read_stories(path, cache_dir)
+    except Exception as error:  # each kind of broken file raises another exception; the message names the cause
+        known = path.exists() or hub_answers()
+        cause = error.__cause__ or error if known else "not here, and the Hugging Face Hub cannot be reached"
+        raise InputError(f"--data {data}: cannot be read as stories: {cause}") from error
+    if isinstance(stories, dict):  # a DatasetDict
         require("train" in stories, "data", data, f"has no split `train`, only {', '.join(stories)}")
         stories = stories["train"]
     kind = getattr(stories.features.get("text"), "dtype", None)
     require(kind in ("string", "large_string"), "data", data,
             f"needs a column `text` of strings; it has {', '.join(stories.column_names) or 'no columns'}")
     return stories, path.name if path.exists() else data
+
+
+def read_stories(path, cache_dir):
+    import datasets
+
+    if path.is_dir():
+        return datasets.load_from_disk(str(path))
+    if path.suffix == ".txt":
+        version = {"path": str(path), "size": path.stat().st_size, "changed": path.stat().st_mtime_ns}
+        return datasets.Dataset.from_generator(read_text_file, gen_kwargs=version, cache_dir=str(cache_dir))
+    if path.exists():
+        kind = "json" if path.suffix == ".jsonl" else "parquet"
+        return datasets.load_dataset(kind, data_files=str(path), split="train", cache_dir=str(cache_dir))
+    return datasets.load_dataset(str(path), split="train")
 
 
 def load_default_stories(cache_dir):
@@ -263,7 +266,8 @@ def split_stories(stories, settings):
     test, train = np.sort(kept[:n_test]), np.sort(kept[n_test:])
     n_empty = int((digests == 0).sum())
     counts = {"stories": len(stories), "train_stories": len(train), "test_stories": n_test, "empty": n_empty,
-              "duplicates": n_chosen - n_empty - len(kept), "fingerprint": digest(str(digests[train].tolist()))}
+              "duplicates": n_chosen - n_empty - len(kept),
+              "fingerprint": digest(str(digests[np.concatenate((train, test))].tolist()))}
     return chosen.select(train), chosen.select(test), counts
 
 
@@ -284,8 +288,9 @@ def load_tokenizer(name, stories=None):
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise InputError(f"--tokenizer {name}: not to be had from the Hub: {error}") from error
-    require(len(tokenizer) > 256 and tokenizer.eos_token_id is not None, "tokenizer", name,
-            f"not usable: {len(tokenizer)} tokens, end of text {tokenizer.eos_token}")  # some loaders return empty ones
+    usable = len(tokenizer) > 256 and tokenizer.is_fast and tokenizer.eos_token_id is not None
+    require(usable, "tokenizer", name,  # where files are missing, some versions return an empty tokenizer
+            f"not usable: {len(tokenizer)} tokens, end of text {tokenizer.eos_token}, fast: {tokenizer.is_fast}")
     return tokenizer
 
 
@@ -309,9 +314,16 @@ def encode(tokenizer, texts):
     return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
 
 
+class Tokens(NamedTuple):
+    """Tokenised stories: ids is a memory-mapped Arrow column of the ids of each story."""
+
+    ids: Any
+    lengths: np.ndarray  # number of targets of each story: of its ids but the first
+    n_cut: int  # tokens that were cut off, of all stories
+
+
 def encode_stories(stories, tokenizer, n_positions, cache_file):
-    """(ids, lengths, n_cut): a memory-mapped Arrow column of each story's ids with <|endoftext|> as the last, at most
-    n_positions + 1 of them; the number of targets of each story; how many tokens were cut off. Kept in cache_file."""
+    """The Tokens of stories, kept in cache_file: the ids and then <|endoftext|>, cut to n_positions + 1 of them."""
     from datasets import Features, Sequence, Value
 
     def encode_rows(rows):
@@ -326,7 +338,29 @@ def encode_stories(stories, tokenizer, n_positions, cache_file):
                           cache_file_name=str(cache_file), new_fingerprint=cache_file.stem)
     ids = encoded.data.column("ids")
     lengths = np.concatenate([np.diff(chunk.offsets) for chunk in ids.chunks]) - 1
-    return ids, lengths, int(np.sum(encoded.data.column("cut")))
+    return Tokens(ids, lengths, int(np.sum(encoded.data.column("cut"))))
+
+
+def prepare_stories(settings):
+    """(train, test, tokenizer, data): the Tokens of both parts, and what the record says of them."""
+    cache_dir = Path(settings.checkpoints) / "data"
+    stories, source = load_stories(settings.data, cache_dir)
+    train_stories, test_stories, data = split_stories(stories, settings)
+    print(f"stories    {data['train_stories']:,} to train, {data['test_stories']:,} to test, of {len(stories):,} from "
+          f"{source}; dropped {data['empty']:,} empty ones and {data['duplicates']:,} duplicates", flush=True)
+    name = {"auto": "bpe:4096" if source == BUILT_IN else "gpt2"}.get(settings.tokenizer, settings.tokenizer)
+    tokenizer = load_tokenizer(name, train_stories)
+    tokenizer_digest = digest(tokenizer.backend_tokenizer.to_str())
+    train, test = (
+        encode_stories(part, tokenizer, settings.n_positions,
+                       cache_dir / f"{label}-{data['fingerprint']}-{tokenizer_digest}-{settings.n_positions}.arrow")
+        for label, part in (("train", train_stories), ("test", test_stories))
+    )
+    n_tokens, n_cut = int(train.lengths.sum() + test.lengths.sum()), train.n_cut + test.n_cut
+    print(f"tokens     {n_tokens:,} of {name}, {len(tokenizer):,} in the vocabulary; {n_cut / (n_tokens + n_cut):.1%} "
+          f"of all cut off at {settings.n_positions}", flush=True)
+    return train, test, tokenizer, data | {"source": source, "tokenizer": tokenizer_digest, "tokens_cut": n_cut,
+                                           "train_tokens": int(train.lengths.sum())}
 
 
 def epoch_batches(lengths, batch_size, seed, epoch):
@@ -480,33 +514,42 @@ def generate_text(model, prompt, max_length=50, method="greedy", *, temperature=
     require(top_k >= 0, "top_k", top_k, "must be at least 0")
     require(0 < top_p <= 1, "top_p", top_p, "must be above 0 and at most 1")
     require(num_samples >= 1, "num_samples", num_samples, "must be at least 1")
-    ids, n_positions, eos = encode_prompt(model, prompt), model.config.n_positions, model.tokenizer.eos_token_id
+    ids, eos = encode_prompt(model, prompt), model.tokenizer.eos_token_id
     generator = None if seed is None else torch.Generator(model.device).manual_seed(seed)
-    tokens = torch.tensor([ids] * num_samples, device=model.device)  # (B, T)
-    inputs, cache, ended = tokens, [{} for _ in model.h], torch.zeros_like(tokens[:, 0], dtype=torch.bool)
-    if streamer:
-        streamer.put(tokens.cpu())
+
+    def choose(logits):
+        if method == "greedy":
+            return logits.argmax(-1)
+        probabilities = next_probabilities(logits, temperature, top_k, top_p)
+        return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+
+    rows = torch.tensor([ids] * num_samples, device=model.device)  # (B, T)
     with evaluation_mode(model):
-        for _ in range(max_length):
-            logits = model(inputs, cache)[:, -1]  # (B, V)
-            if method == "greedy":
-                new = logits.argmax(-1)  # (B,)
-            else:
-                probabilities = next_probabilities(logits, temperature, top_k, top_p)
-                new = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
-            ended |= new == eos
-            if ended.all():
-                break
-            tokens, inputs = torch.cat((tokens, new[:, None]), dim=1), new[:, None]
-            if cache[0]["k"].size(2) == n_positions:
-                inputs, cache = tokens[:, -(n_positions // 2) :], [{} for _ in model.h]
-            if streamer:
-                streamer.put(new.cpu())
-    if streamer:
-        streamer.end()
-    rows = [row[: row.index(eos, len(ids))] if eos in row[len(ids) :] else row for row in tokens.tolist()]
+        rows = continue_rows(model, rows, max_length, choose, streamer).tolist()
+    rows = [row[: row.index(eos, len(ids))] if eos in row[len(ids) :] else row for row in rows]
     texts = [model.tokenizer.decode(row) for row in rows]
     return texts if num_samples > 1 else texts[0]
+
+
+def continue_rows(model, tokens, max_length, choose, streamer):
+    """tokens (B, T) and up to max_length more, until each row has an <|endoftext|>; choose makes ids (B,) of logits."""
+    inputs, cache = tokens, [{} for _ in model.h]
+    ended = torch.zeros_like(tokens[:, 0], dtype=torch.bool)
+    if streamer:
+        streamer.put(tokens.cpu())
+    for _ in range(max_length):
+        new = choose(model(inputs, cache)[:, -1])
+        ended |= new == model.tokenizer.eos_token_id
+        if ended.all():
+            break
+        tokens, inputs = torch.cat((tokens, new[:, None]), dim=1), new[:, None]
+        if cache[0]["k"].size(2) == model.config.n_positions:  # the context is full: go on with its newer half
+            inputs, cache = tokens[:, -(model.config.n_positions // 2) :], [{} for _ in model.h]
+        if streamer:
+            streamer.put(new.cpu())
+    if streamer:
+        streamer.end()
+    return tokens
 
 
 def encode_prompt(model, prompt):
@@ -606,7 +649,7 @@ def save_checkpoint(folder, model, record, sample=None, state=None):
     from safetensors.torch import save_file
     from transformers import GenerationConfig
 
-    temporary, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
+    temporary = folder.with_name(folder.name + ".tmp")
     temporary.mkdir(parents=True)
     eos = model.tokenizer.eos_token_id
     model.config.save_pretrained(temporary)
@@ -620,8 +663,14 @@ def save_checkpoint(folder, model, record, sample=None, state=None):
         (temporary / "sample.txt").write_text(sample + "\n", encoding="utf-8")
     if state:
         torch.save(state, temporary / "training_state.pt")
+    publish(temporary, folder)
+
+
+def publish(temporary, folder):
+    """Give a complete folder its final name, in the place of what has that name."""
     for path in (*temporary.iterdir(), temporary):
         flush(path)
+    old = folder.with_name(folder.name + ".old")
     if folder.exists():
         folder.rename(old)
     temporary.rename(folder)
@@ -678,7 +727,18 @@ def load_checkpoint(folder, device="cpu"):
 
 
 def write_plots(folder, record):
-    """training_metrics.png and training_metrics.csv: loss, accuracy and test perplexity, from the record of a run."""
+    """training_metrics.csv and .png in folder: loss, accuracy and test perplexity, from the record of a run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "training_metrics.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, record["epochs"][0])
+        writer.writeheader()
+        writer.writerows([{"step": step, "train_loss": loss} for step, loss in record["curve"]] + record["epochs"])
+    figure = draw_metrics(record)
+    figure.savefig(folder / "training_metrics.png.tmp", format="png", dpi=120)
+    os.replace(folder / "training_metrics.png.tmp", folder / "training_metrics.png")
+
+
+def draw_metrics(record):
     from matplotlib.figure import Figure
 
     curve, epochs, data = record["curve"], record["epochs"], record["data"]
@@ -702,13 +762,7 @@ def write_plots(folder, record):
         axes.set_xlabel("optimizer step")
         axes.grid(alpha=0.3)
         axes.legend()
-    folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / "training_metrics.png.tmp", format="png", dpi=120)
-    os.replace(folder / "training_metrics.png.tmp", folder / "training_metrics.png")
-    with open(folder / "training_metrics.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, last)
-        writer.writeheader()
-        writer.writerows([{"step": step, "train_loss": value} for step, value in curve] + epochs)
+    return figure
 
 
 # --- Training --------------------------------------------------------------------------------------------------------
@@ -788,23 +842,22 @@ def restore_last(folder, optimizer, scaler):
 def train(model, train_set, test_set, settings, record, precision):
     """Train to the last step, from where checkpoints/last stands; after every epoch save, evaluate, sample and plot."""
     device, folder, accum_steps = model.device.type, Path(settings.checkpoints), settings.accum_steps
-    ids, lengths, _ = train_set
-    test_loader = make_loader(test_set[0], epoch_batches(test_set[1], settings.batch_size, settings.seed, 0))
+    test_loader = make_loader(test_set.ids, epoch_batches(test_set.lengths, settings.batch_size, settings.seed, 0))
     autocast = torch.autocast(device, DTYPES[precision], enabled=precision != "fp32")
     scaler = torch.amp.GradScaler(device, enabled=precision == "fp16")
     optimizer = make_optimizer(model, settings)
     progress = restore_last(folder, optimizer, scaler)
     compiling = settings.compile == "on" or (settings.compile == "auto" and device == "cuda")
-    scorer = compile_score(model, pad_batch(list(ids[: settings.batch_size])), autocast) if compiling else score
+    scorer = compile_score(model, next(iter(test_loader)), autocast) if compiling else score
     n_steps, per_epoch, noted = record["steps"], record["steps_per_epoch"], False
     model.train()
     for epoch in range(len(record["epochs"]) + 1, math.ceil(n_steps / per_epoch) + 1):
         start, stop = (epoch - 1) * per_epoch, min(epoch * per_epoch, n_steps)
         if progress["step"] == start:
             progress.update(loss=0.0, right=0, tokens=0, seconds=0.0)
-        batches = epoch_batches(lengths, settings.batch_size, settings.seed, epoch)
+        batches = epoch_batches(train_set.lengths, settings.batch_size, settings.seed, epoch)
         batches = batches[(progress["step"] - start) * accum_steps : (stop - start) * accum_steps]
-        loader, pending, progress["drained_at"] = iter(make_loader(ids, batches)), [], time.monotonic()
+        loader, pending, progress["drained_at"] = iter(make_loader(train_set.ids, batches)), [], time.monotonic()
         bar = tqdm(desc=f"epoch {epoch}/{settings.epochs}", initial=progress["step"] - start, total=stop - start,
                    leave=False, dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 60)
         while window := list(islice(loader, accum_steps)):
@@ -863,6 +916,7 @@ def finish_epoch(model, epoch, test_loss, test_accuracy, settings, record, progr
     sample = generate_text(model, settings.prompt, max_length=200)
     save_checkpoint(folder, model, record, sample)
     replace_text(folder.with_name("last") / "training.json", json.dumps(record, indent=1))
+    print(f"\n{sample}\n", flush=True)
     write_plots(Path(settings.plots), record)
 
 
@@ -903,21 +957,7 @@ def main(argv=None):
         print(f"{folder} holds this run, and it is finished; write stories with it: python gpt2_generate.py")
         return
 
-    stories, source = load_stories(settings.data, folder / "data")
-    train_stories, test_stories, data = split_stories(stories, settings)
-    print(f"stories    {data['train_stories']:,} to train, {data['test_stories']:,} to test, of {len(stories):,} from "
-          f"{source}; dropped {data['empty']:,} empty ones and {data['duplicates']:,} duplicates", flush=True)
-    tokenizer_name = {"auto": "bpe:4096" if source == BUILT_IN else "gpt2"}.get(settings.tokenizer, settings.tokenizer)
-    tokenizer = load_tokenizer(tokenizer_name, train_stories)
-    data["tokenizer"] = digest(tokenizer.backend_tokenizer.to_str())
-    key = f"{data['fingerprint']}-{data['tokenizer']}-{settings.n_positions}.arrow"
-    train_set = encode_stories(train_stories, tokenizer, settings.n_positions, folder / "data" / f"train-{key}")
-    test_set = encode_stories(test_stories, tokenizer, settings.n_positions, folder / "data" / f"test-{key}")
-    n_tokens = int(train_set[1].sum() + test_set[1].sum())
-    data |= {"source": source, "train_tokens": int(train_set[1].sum()), "tokens_cut": train_set[2] + test_set[2]}
-    print(f"tokens     {n_tokens:,} of {tokenizer_name}, {len(tokenizer):,} in the vocabulary; "
-          f"{data['tokens_cut'] / (n_tokens + data['tokens_cut']):.1%} cut off at {settings.n_positions}", flush=True)
-
+    train_set, test_set, tokenizer, data = prepare_stories(settings)
     torch.manual_seed(settings.seed)
     if before:
         refuse_changes(folder, before["data"], data)
@@ -927,20 +967,26 @@ def main(argv=None):
         encode_prompt(model, settings.prompt)  # better refused now than after the first epoch
         for stale in (*folder.glob("epoch_*"), *folder.glob("last")):  # --overwrite
             shutil.rmtree(stale)
+    record = new_record(settings, data, model) | {name: before[name] for name in ("epochs", "curve") if before}
+    print(f"model      {record['parameters'] / 1e6:.1f} M parameters, on {device} in {precision}\ntraining   "
+          f"{record['steps']:,} steps of {settings.batch_size} x {settings.accum_steps} stories", flush=True)
+    train(model, train_set, test_set, settings, record, precision)
+    newest = folder / f"epoch_{len(record['epochs'])}"
+    print(f"test perplexity {record['epochs'][-1]['test_perplexity']:.2f}; the model is in {newest}, the plots are in "
+          f"{settings.plots}\nnext: python gpt2_generate.py --model {newest}")
+
+
+def new_record(settings, data, model):
+    """What training.json holds, before the first step."""
+    import datasets
+    import transformers
+
     per_epoch = math.ceil(math.ceil(data["train_stories"] / settings.batch_size) / settings.accum_steps)
     steps = min(settings.max_steps or math.inf, settings.epochs * per_epoch)
-    record = {"settings": asdict(settings), "data": data, "parameters": sum(p.numel() for p in model.parameters()),
-              "steps": steps, "steps_per_epoch": per_epoch, "steps_per_point": math.ceil(steps / 1000),
-              "epochs": [], "curve": [], "versions": versions()}
-    if before:
-        record |= {"epochs": before["epochs"], "curve": before["curve"]}
-    print(f"model      {record['parameters'] / 1e6:.1f} M parameters, on {device} in {precision}")
-    print(f"training   {steps:,} steps of {settings.batch_size} x {settings.accum_steps} stories", flush=True)
-    train(model, train_set, test_set, settings, record, precision)
-    last = folder / f"epoch_{len(record['epochs'])}"
-    print(f"\n{(last / 'sample.txt').read_text(encoding='utf-8')}")
-    print(f"test perplexity {record['epochs'][-1]['test_perplexity']:.2f}; the model is in {last}, the plots are in "
-          f"{settings.plots}\nnext: python gpt2_generate.py --model {last}")
+    versions = {module.__name__: module.__version__ for module in (torch, transformers, datasets)}
+    return {"settings": asdict(settings), "data": data, "parameters": sum(p.numel() for p in model.parameters()),
+            "steps": steps, "steps_per_epoch": per_epoch, "steps_per_point": math.ceil(steps / 1000),
+            "epochs": [], "curve": [], "versions": {"python": platform.python_version(), **versions}}
 
 
 def model_config(settings, tokenizer):
@@ -951,14 +997,6 @@ def model_config(settings, tokenizer):
     eos = tokenizer.eos_token_id
     return GPT2Config(vocab_size=len(tokenizer), **sizes, **dropout, bos_token_id=eos, eos_token_id=eos,
                       tie_word_embeddings=False, architectures=["GPT2LMHeadModel"], dtype="float32")
-
-
-def versions():
-    import datasets
-    import transformers
-
-    modules = {module.__name__: module.__version__ for module in (torch, transformers, datasets)}
-    return {"python": platform.python_version(), **modules}
 
 
 if __name__ == "__main__":

@@ -197,7 +197,7 @@ def test_dropout_is_on_again_after_a_sample(workspace, monkeypatch):
         return score(model, input_ids, targets)
 
     monkeypatch.setattr(project, "score", spy)
-    train()
+    train("--precision fp32")
     assert len(modes) == 18 and set(modes) == {(True, True)}
 
 
