@@ -6,7 +6,7 @@
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from gpt2_tinystories import InputError, generate_text, load_checkpoint, parse, pick_device, require, run, setting
@@ -22,22 +22,26 @@ MODEL = ""  # a checkpoint folder; empty: the newest epoch under checkpoints/
 
 @dataclass(frozen=True)
 class Settings:
-    model: str = setting(MODEL, "checkpoint folder; if empty, the newest epoch under checkpoints/")
-    prompt: tuple = setting(PROMPTS, "beginning of a story; can be repeated")
+    model: str = setting(str(MODEL or ""), "checkpoint folder; if empty, the newest epoch under checkpoints/")
+    prompt: tuple = setting(
+        (PROMPTS,) if isinstance(PROMPTS, str) else tuple(PROMPTS), "beginning of a story; can be repeated"
+    )
     method: str = setting("greedy", "greedy: the likeliest token each time; sample: draw one", ("greedy", "sample"))
     max_length: int = setting(200, "most new tokens of a story")
     temperature: float = setting(1.0, "for sample: below 1 plainer, above 1 wilder")
     top_k: int = setting(0, "for sample: draw from so many likeliest tokens; 0: from all")
     top_p: float = setting(0.9, "for sample: draw from the fewest tokens with this probability together")
-    num_samples: int = setting(1, "stories for each prompt")
-    seed: int = setting(42, "seed of sample; the story after it has the next seed")
+    num_samples: int = setting(1, "for sample: stories for each prompt")
+    seed: int = setting(42, "for sample: seed of the first story, the next one has the next seed")
     device: str = setting("auto", "where to compute", ("auto", "cuda", "cpu", "mps"))
     interactive: bool = setting(False, "ask for prompts until an empty line")
 
     def __post_init__(self):
         require(self.num_samples >= 1, "num_samples", self.num_samples, "must be at least 1")
-        require(self.method == "sample" or self.num_samples == 1, "num_samples", self.num_samples,
-                "greedy stories are all the same; add --method sample")
+        require(0 <= self.seed < 2**31, "seed", self.seed, "must be at least 0 and below 2**31")
+        for f in fields(self):
+            value, idle = getattr(self, f.name), self.method == "greedy" and f.metadata["help"].startswith("for sample")
+            require(not idle or value == f.default, f.name, value, "needs --method sample")
 
 
 def newest_checkpoint(folder="checkpoints"):

@@ -12,16 +12,19 @@ Shapes in the comments: B stories in a batch, T tokens in a story, C = n_embd, H
 
 import argparse
 import csv
+import http.client
 import json
 import math
 import os
 import platform
 import re
+import shlex
 import shutil
 import ssl
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
@@ -99,6 +102,7 @@ class Settings:
             require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "must be a number of at least 0")
         for name in ("learning_rate", "grad_clip"):
             require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "must be a number above 0")
+        require(self.seed < 2**32, "seed", self.seed, "must be below 2**32")
         require(self.n_positions >= 2, "n_positions", self.n_positions, "must be at least 2")
         require(0 < self.fraction <= 1, "fraction", self.fraction, "must be above 0 and at most 1")
         require(0 < self.test_fraction < 1, "test_fraction", self.test_fraction, "must be between 0 and 1")
@@ -139,8 +143,10 @@ def run(main):
         return main()
     except InputError as error:
         message, code = str(error), 2
-    except torch.OutOfMemoryError:
-        message, code = "out of memory: halve --batch-size and double --accum-steps, the updates stay the same", 2
+    except (MemoryError, RuntimeError) as error:  # on a CPU and with MPS, running out of memory is a RuntimeError
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        message, code = "out of memory; in training, halve --batch-size and double --accum-steps: the same updates", 2
     except OSError as error:  # a full disk, a folder that cannot be written
         message, code = str(error), 1
     except KeyboardInterrupt:
@@ -157,14 +163,15 @@ def hub_answers():
     """Whether the Hugging Face Hub can be reached: found out once, within 10 s, without retries and warnings."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return False
-    request = urllib.request.Request(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), method="HEAD")
     answers = []
 
     def ask():
+        url = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
         try:
-            answers.append(urllib.request.urlopen(request, timeout=8))
-        except OSError as error:  # a status like 404 is an answer too, and so is a certificate that Python can't check
-            if hasattr(error, "code") or isinstance(getattr(error, "reason", None), ssl.SSLError):
+            answers.append(urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=8))
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            # A 404 is an answer, too, and so is a certificate that Python has no means to check.
+            if isinstance(error, urllib.error.HTTPError) or isinstance(getattr(error, "reason", None), ssl.SSLError):
                 answers.append(error)
 
     thread = threading.Thread(target=ask, daemon=True)  # the look-up of the host's name has no time limit of its own
@@ -178,11 +185,7 @@ def load_stories(data, cache_dir):
     if data == "auto":
         return load_default_stories(cache_dir)
     if data == "sample":
-        from datasets import Dataset
-
-        from sample_stories import sample_stories
-
-        return Dataset.from_dict({"text": list(sample_stories(N_BUILT_IN))}), BUILT_IN
+        return built_in_stories(), BUILT_IN
     path, files = Path(data), (".txt", ".jsonl", ".parquet")
     if path.exists():
         require(path.is_dir() or path.suffix in files, "data", data, f"neither a folder nor one of {', '.join(files)}")
@@ -194,16 +197,23 @@ def load_stories(data, cache_dir):
     try:
         stories = read_stories(path, cache_dir)
     except Exception as error:  # each kind of broken file raises another exception; the message names the cause
-        known = path.exists() or hub_answers()
-        cause = error.__cause__ or error if known else "not here, and the Hugging Face Hub cannot be reached"
-        raise InputError(f"--data {data}: cannot be read as stories: {cause}") from error
+        require(path.exists() or hub_answers(), "data", data, "not here, and the Hugging Face Hub cannot be reached")
+        raise InputError(f"--data {data}: cannot be read as stories: {error.__cause__ or error}") from error
     if isinstance(stories, dict):  # a DatasetDict
         require("train" in stories, "data", data, f"has no split `train`, only {', '.join(stories)}")
         stories = stories["train"]
-    kind = getattr(stories.features.get("text"), "dtype", None)
-    require(kind in ("string", "large_string"), "data", data,
-            f"needs a column `text` of strings; it has {', '.join(stories.column_names) or 'no columns'}")
+    kinds = {name: getattr(feature, "dtype", feature) for name, feature in stories.features.items()}
+    is_text = kinds.get("text") in ("string", "large_string")
+    require(is_text, "data", data, f"needs a column `text` of strings, has {kinds}")
     return stories, path.name if path.exists() else data
+
+
+def built_in_stories():
+    from datasets import Dataset
+
+    from sample_stories import sample_stories
+
+    return Dataset.from_dict({"text": list(sample_stories(N_BUILT_IN))})
 
 
 def read_stories(path, cache_dir):
@@ -217,18 +227,18 @@ def read_stories(path, cache_dir):
     if path.exists():
         kind = "json" if path.suffix == ".jsonl" else "parquet"
         return datasets.load_dataset(kind, data_files=str(path), split="train", cache_dir=str(cache_dir))
-    return datasets.load_dataset(str(path), split="train")
+    return datasets.load_dataset(path.as_posix(), split="train")
 
 
 def load_default_stories(cache_dir):
     """./tinystories_local; else TinyStories from the Hub, saved there; else, with no network, the built-in stories."""
     if not Path(LOCAL_STORIES).exists():
-        print(f"stories    looking for {HUB_STORIES} on the Hugging Face Hub (about 1 GB, once)", flush=True)
+        print(f"stories    looking for {HUB_STORIES} on the Hugging Face Hub, to be kept here", flush=True)
         try:
             stories, _ = load_stories(HUB_STORIES, cache_dir)
         except InputError as error:
             print(f"{'=' * 100}\nTHE BUILT-IN STORIES are used: no ./{LOCAL_STORIES} here, and no download possible.\n"
-                  "For the real ones run this again with a network, or bring a save_to_disk folder of that name.\n"
+                  "For the real ones bring that folder, or a network, and run this again with --overwrite.\n"
                   f"({error})\n{'=' * 100}", flush=True)
             return load_stories("sample", cache_dir)
         shutil.rmtree(LOCAL_STORIES + ".tmp", ignore_errors=True)
@@ -273,24 +283,28 @@ def split_stories(stories, settings):
 
 def load_tokenizer(name, stories=None):
     """A Hugging Face tokenizer by its Hub name or folder; bpe:SIZE trains a byte-level BPE on the stories."""
-    from transformers import AutoTokenizer, logging
-
-    logging.set_verbosity_error()
     if name.startswith("bpe:"):
         return train_tokenizer(name, stories)
     try:  # the local cache first: with no network transformers would retry for minutes
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
+        return open_tokenizer(name, local_files_only=True)
     except Exception as error:  # each kind of broken file raises another exception; the message names the cause
-        require(not Path(name).exists(), "tokenizer", name, f"cannot be read: {error}")
-        require(hub_answers(), "tokenizer", name, "not in the local cache, and the Hugging Face Hub cannot be reached; "
-                "run once with a network, or use bpe:4096")
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise InputError(f"--tokenizer {name}: not to be had from the Hub: {error}") from error
-    usable = len(tokenizer) > 256 and tokenizer.is_fast and tokenizer.eos_token_id is not None
-    require(usable, "tokenizer", name,  # where files are missing, some versions return an empty tokenizer
-            f"not usable: {len(tokenizer)} tokens, end of text {tokenizer.eos_token}, fast: {tokenizer.is_fast}")
+        require(not Path(name).exists(), "tokenizer", name, f"cannot be loaded: {error}")
+    require(hub_answers(), "tokenizer", name, "not in the local cache, and the Hugging Face Hub cannot be reached; "
+            "run once with a network, or use bpe:4096")
+    try:
+        return open_tokenizer(name, local_files_only=False)
+    except Exception as error:
+        raise InputError(f"--tokenizer {name}: cannot be loaded from the Hub: {error}") from error
+
+
+def open_tokenizer(name, local_files_only):
+    from transformers import AutoTokenizer, logging
+
+    logging.set_verbosity_error()
+    tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local_files_only, trust_remote_code=False)
+    # Where files are missing, some versions of transformers return an empty tokenizer.
+    if len(tokenizer) <= 256 or not tokenizer.is_fast or tokenizer.eos_token_id is None:
+        raise ValueError(f"not usable: {len(tokenizer)} tokens, end of text {tokenizer.eos_token}")
     return tokenizer
 
 
@@ -348,7 +362,9 @@ def prepare_stories(settings):
     train_stories, test_stories, data = split_stories(stories, settings)
     print(f"stories    {data['train_stories']:,} to train, {data['test_stories']:,} to test, of {len(stories):,} from "
           f"{source}; dropped {data['empty']:,} empty ones and {data['duplicates']:,} duplicates", flush=True)
-    name = {"auto": "bpe:4096" if source == BUILT_IN else "gpt2"}.get(settings.tokenizer, settings.tokenizer)
+    name = settings.tokenizer
+    if name == "auto":
+        name = "bpe:4096" if source == BUILT_IN else "gpt2"
     tokenizer = load_tokenizer(name, train_stories)
     tokenizer_digest = digest(tokenizer.backend_tokenizer.to_str())
     train, test = (
@@ -383,9 +399,8 @@ def pad_batch(stories):
     return ids[:, :-1].clamp(min=0), ids[:, 1:]
 
 
-def make_loader(ids, batches):
+def make_loader(ids, batches, pin_memory=False):
     """A DataLoader of (input_ids, targets) for batches of story numbers."""
-    pin_memory = torch.cuda.is_available()
     return torch.utils.data.DataLoader(ids, batch_sampler=batches, collate_fn=pad_batch, pin_memory=pin_memory)
 
 
@@ -514,6 +529,7 @@ def generate_text(model, prompt, max_length=50, method="greedy", *, temperature=
     require(top_k >= 0, "top_k", top_k, "must be at least 0")
     require(0 < top_p <= 1, "top_p", top_p, "must be above 0 and at most 1")
     require(num_samples >= 1, "num_samples", num_samples, "must be at least 1")
+    require(num_samples == 1 or streamer is None, "num_samples", num_samples, "a streamer shows one sample at a time")
     ids, eos = encode_prompt(model, prompt), model.tokenizer.eos_token_id
     generator = None if seed is None else torch.Generator(model.device).manual_seed(seed)
 
@@ -638,14 +654,16 @@ def compute_perplexity(model, test_loader):
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # (in, out) in a GPT-2 file, (out, in) in nn.Linear
 
 
-def file_name_of(name):
-    """What a tensor of the model is called in a GPT-2 file."""
-    return name if name == "lm_head.weight" else "transformer." + name
+def gpt2_layout(model):
+    """The model's tensors under the names and in the shapes of a GPT-2 file; they share the model's memory."""
+    return {name if name == "lm_head.weight" else f"transformer.{name}": w.T if name.endswith(TRANSPOSED) else w
+            for name, w in model.state_dict().items()}
 
 
 def save_checkpoint(folder, model, record, sample=None, state=None):
     """Write the model and its tokenizer as Hugging Face does, training.json, and if given sample.txt and
     training_state.pt. All of it beside its final name, flushed and renamed: the folder is whole or absent."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
     from transformers import GenerationConfig
 
@@ -655,14 +673,16 @@ def save_checkpoint(folder, model, record, sample=None, state=None):
     model.config.save_pretrained(temporary)
     GenerationConfig(bos_token_id=eos, eos_token_id=eos, pad_token_id=eos).save_pretrained(temporary)
     model.tokenizer.save_pretrained(temporary)
-    weights = {file_name_of(name): (weight.T if name.endswith(TRANSPOSED) else weight).contiguous()
-               for name, weight in model.state_dict().items()}
-    save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
+    weights = {name: weight.contiguous() for name, weight in gpt2_layout(model).items()}
     (temporary / "training.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
     if sample:
         (temporary / "sample.txt").write_text(sample + "\n", encoding="utf-8")
-    if state:
-        torch.save(state, temporary / "training_state.pt")
+    try:
+        save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
+        if state:
+            torch.save(state, temporary / "training_state.pt")
+    except (SafetensorError, RuntimeError) as error:  # what a full disk is to these two
+        raise OSError(f"{folder} cannot be saved, what was saved before is kept: {error}") from error
     publish(temporary, folder)
 
 
@@ -708,18 +728,17 @@ def load_checkpoint(folder, device="cpu"):
         weights = load_file(folder / "model.safetensors")
     except Exception as error:  # each kind of broken file raises another exception; the message names the cause
         raise InputError(f"{folder}: not a checkpoint that can be read: {type(error).__name__}: {error}") from error
-    n_known, state = len(model.tokenizer), model.state_dict()
+    n_known, layout = len(model.tokenizer), gpt2_layout(model)
     if n_known != model.config.vocab_size:
         raise InputError(f"{folder}: {n_known} tokens in the tokenizer, {model.config.vocab_size} in the model")
-    if strange := {file_name_of(name) for name in state} ^ set(weights):
+    if strange := layout.keys() ^ weights.keys():
         raise InputError(f"{folder}: missing or unknown tensors, such as {min(strange)}")
-    for name, parameter in state.items():
-        weight = weights[file_name_of(name)].T if name.endswith(TRANSPOSED) else weights[file_name_of(name)]
-        if weight.shape != parameter.shape:
-            raise InputError(f"{folder}: {name} is {tuple(weight.shape)}, by config.json {tuple(parameter.shape)}")
+    for name, weight in weights.items():
+        if weight.shape != layout[name].shape:
+            raise InputError(f"{folder}: {name} is {tuple(weight.shape)}, by config.json {tuple(layout[name].shape)}")
         if not weight.isfinite().all():
             raise InputError(f"{folder}: {name} holds numbers that are not finite")
-        parameter.copy_(weight)
+        layout[name].copy_(weight)
     return model.to(device).eval()
 
 
@@ -788,6 +807,8 @@ def compile_score(model, batch, autocast):
     compiled = torch.compile(score, dynamic=True)
     try:
         backward(model, [batch], compiled, autocast)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # compilers fail in many ways, and none of them has to stop the training
         print(f"compile    off: {type(error).__name__}: {str(error).strip().splitlines()[0][:100]}")
         compiled = score
@@ -797,7 +818,7 @@ def compile_score(model, batch, autocast):
 
 def drain(pending, progress, record):
     """Add the latest steps, (loss, right, bad, tokens) each, to progress and curve, one by one: it does not matter how
-    many come at once. Only here training waits for the device. Returns the loss a token of the last step."""
+    many come at once. Only here the steps wait for the device. Returns the loss a token of the last step."""
     sums = torch.stack([torch.stack([value.float() for value in step[:3]]) for step in pending]).tolist()
     first = progress["step"] - len(pending) + 1
     for step, ((loss, right, bad), (*_, n_tokens)) in enumerate(zip(sums, pending, strict=True), first):
@@ -810,8 +831,6 @@ def drain(pending, progress, record):
         if step % record["steps_per_point"] == 0 or step == record["steps"]:
             record["curve"].append([step, progress["point"][0] / progress["point"][1]])
             progress["point"] = [0.0, 0]
-    now = time.monotonic()
-    progress.update(seconds=progress["seconds"] + now - progress["drained_at"], drained_at=now)
     pending.clear()
     return loss / n_tokens
 
@@ -820,7 +839,6 @@ def save_last(folder, model, record, progress, optimizer, scaler):
     """Save the point from which an interrupted run continues."""
     state = {"progress": progress, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
     save_checkpoint(folder / "last", model, record, state=state)
-    progress["saved_at"] = time.monotonic()
 
 
 def restore_last(folder, optimizer, scaler):
@@ -836,28 +854,29 @@ def restore_last(folder, optimizer, scaler):
             progress = state["progress"]
         except Exception as error:  # each kind of broken file raises another exception; the message names the cause
             raise InputError(f"{path}: cannot be read, --overwrite starts over: {error}") from error
-    return progress | {"saved_at": time.monotonic()}
+    return progress
 
 
 def train(model, train_set, test_set, settings, record, precision):
     """Train to the last step, from where checkpoints/last stands; after every epoch save, evaluate, sample and plot."""
     device, folder, accum_steps = model.device.type, Path(settings.checkpoints), settings.accum_steps
     test_loader = make_loader(test_set.ids, epoch_batches(test_set.lengths, settings.batch_size, settings.seed, 0))
+    model.train()
     autocast = torch.autocast(device, DTYPES[precision], enabled=precision != "fp32")
     scaler = torch.amp.GradScaler(device, enabled=precision == "fp16")
     optimizer = make_optimizer(model, settings)
     progress = restore_last(folder, optimizer, scaler)
     compiling = settings.compile == "on" or (settings.compile == "auto" and device == "cuda")
     scorer = compile_score(model, next(iter(test_loader)), autocast) if compiling else score
-    n_steps, per_epoch, noted = record["steps"], record["steps_per_epoch"], False
-    model.train()
+    n_steps, per_epoch, noted, saved_at = record["steps"], record["steps_per_epoch"], False, time.monotonic()
     for epoch in range(len(record["epochs"]) + 1, math.ceil(n_steps / per_epoch) + 1):
         start, stop = (epoch - 1) * per_epoch, min(epoch * per_epoch, n_steps)
         if progress["step"] == start:
             progress.update(loss=0.0, right=0, tokens=0, seconds=0.0)
         batches = epoch_batches(train_set.lengths, settings.batch_size, settings.seed, epoch)
         batches = batches[(progress["step"] - start) * accum_steps : (stop - start) * accum_steps]
-        loader, pending, progress["drained_at"] = iter(make_loader(train_set.ids, batches)), [], time.monotonic()
+        loader = iter(make_loader(train_set.ids, batches, pin_memory=device == "cuda"))
+        pending, drained_at = [], time.monotonic()
         bar = tqdm(desc=f"epoch {epoch}/{settings.epochs}", initial=progress["step"] - start, total=stop - start,
                    leave=False, dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 60)
         while window := list(islice(loader, accum_steps)):
@@ -867,8 +886,10 @@ def train(model, train_set, test_set, settings, record, precision):
             loss, right, n_tokens = backward(model, window, scorer, autocast, scaler)
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
+            # The scaler skips an overflow of the gradient by itself; without it AdamW skips the update where found_inf
+            # is 1, and nobody waits to see what it is. (MPS ignores it: there drain stops before the next save.)
             bad = ~torch.isfinite(loss if scaler.is_enabled() else norm)
-            if not scaler.is_enabled():  # AdamW skips the update where this is 1, and nobody waits to see what it is
+            if not scaler.is_enabled():
                 optimizer.found_inf = bad.float()
             scaler.step(optimizer)
             scaler.update()
@@ -876,19 +897,21 @@ def train(model, train_set, test_set, settings, record, precision):
             progress["step"] += 1
             pending.append((loss, right, bad, n_tokens))
             bar.update()
-            save_now = time.monotonic() - progress["saved_at"] > 60 * settings.save_every
+            save_now = time.monotonic() - saved_at > 60 * settings.save_every
             if progress["step"] % record["steps_per_point"] == 0 or progress["step"] == stop or save_now:
                 loss = drain(pending, progress, record)
+                progress["seconds"], drained_at = progress["seconds"] + time.monotonic() - drained_at, time.monotonic()
                 left = (n_steps - progress["step"]) * bar.format_dict["elapsed"] / (bar.n - bar.initial)
                 speed = f"{progress['tokens'] / progress['seconds']:,.0f} tokens/s"
                 bar.set_postfix_str(f"loss {loss:.3f}, {speed}, run {bar.format_interval(left)}")
-                noted = noted or (bar.n - bar.initial >= 5 and note_if_long(left, settings))
+                whole = left * n_steps / max(1, n_steps - progress["step"])
+                noted = noted or (bar.n - bar.initial >= 5 and note_if_long(whole, settings))
             if save_now:
                 save_last(folder, model, record, progress, optimizer, scaler)
+                saved_at = time.monotonic()
         bar.close()
         save_last(folder, model, record, progress, optimizer, scaler)
-        with autocast:
-            test_loss, test_accuracy = evaluate(model, test_loader)
+        test_loss, test_accuracy = evaluate(model, test_loader)  # in fp32, like generate_text and compute_perplexity
         finish_epoch(model, epoch, test_loss, test_accuracy, settings, record, progress)
 
 
@@ -896,7 +919,7 @@ def note_if_long(seconds, settings):
     """Where the run takes more than 12 hours, say so, with a command that takes about one hour. Returns True."""
     if seconds > 12 * 3600:
         fraction = f"--fraction {settings.fraction * 3600 / seconds:.1g}"
-        command = " ".join(["python", *sys.argv, fraction, "--checkpoints hour/checkpoints --plots hour/plots"])
+        command = f"python {shlex.join(sys.argv)} {fraction} --checkpoints hour/checkpoints --plots hour/plots"
         tqdm.write(f"This run takes about {seconds / 3600:,.0f} hours on this machine; about one hour: {command}")
     return True
 
@@ -915,9 +938,9 @@ def finish_epoch(model, epoch, test_loss, test_accuracy, settings, record, progr
     folder = Path(settings.checkpoints) / f"epoch_{epoch}"
     sample = generate_text(model, settings.prompt, max_length=200)
     save_checkpoint(folder, model, record, sample)
-    replace_text(folder.with_name("last") / "training.json", json.dumps(record, indent=1))
     print(f"\n{sample}\n", flush=True)
     write_plots(Path(settings.plots), record)
+    replace_text(folder.with_name("last") / "training.json", json.dumps(record, indent=1))  # now the epoch is done
 
 
 # --- Main ------------------------------------------------------------------------------------------------------------
@@ -928,17 +951,22 @@ def previous_run(settings):
     folder = Path(settings.checkpoints)
     if (folder / "last.old").exists() and not (folder / "last").exists():  # killed between the two renames of a save
         (folder / "last.old").rename(folder / "last")
-    for leftover in (*folder.glob("epoch_*.*"), *folder.glob("last.*")):
+    for leftover in saved_folders(folder, r"(epoch_\d+|last)\.(tmp|old)"):
         shutil.rmtree(leftover)
-    if settings.overwrite or not (list(folder.glob("epoch_*")) or (folder / "last").exists()):
+    if settings.overwrite or not saved_folders(folder):
         return None
     try:
         record = json.loads((folder / "last" / "training.json").read_text(encoding="utf-8"))
-        fixed = {f.name: getattr(settings, f.name) for f in fields(settings) if not f.metadata["free"]}
-        refuse_changes(folder, record["settings"], fixed)
-    except (OSError, LookupError) as error:
-        raise InputError(f"{folder} holds a run that cannot be continued, --overwrite starts over: {error}") from error
-    return record
+        before, finished = record["settings"], record["epochs"] and record["epochs"][-1]["step"] == record["steps"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise InputError(f"{folder} holds a run that cannot go on ({error!r}), --overwrite starts over") from error
+    fixed = {f.name: getattr(settings, f.name) for f in fields(settings) if not f.metadata["free"]}
+    refuse_changes(folder, before, fixed)
+    return record | {"finished": finished}
+
+
+def saved_folders(folder, pattern=r"epoch_\d+|last"):
+    return [path for path in folder.glob("*") if re.fullmatch(pattern, path.name)]
 
 
 def refuse_changes(folder, before, now):
@@ -953,7 +981,7 @@ def main(argv=None):
     device = pick_device(settings.device)
     precision = pick_precision(settings.precision, device)
     folder, before = Path(settings.checkpoints), previous_run(settings)
-    if before and before["epochs"] and before["epochs"][-1]["step"] == before["steps"]:
+    if before and before["finished"]:
         print(f"{folder} holds this run, and it is finished; write stories with it: python gpt2_generate.py")
         return
 
@@ -964,8 +992,9 @@ def main(argv=None):
         model = load_checkpoint(folder / "last", device)
     else:
         model = GPT(model_config(settings, tokenizer), tokenizer).to(device)
-        encode_prompt(model, settings.prompt)  # better refused now than after the first epoch
-        for stale in (*folder.glob("epoch_*"), *folder.glob("last")):  # --overwrite
+    encode_prompt(model, settings.prompt)  # better refused now than after an epoch
+    if settings.overwrite:
+        for stale in saved_folders(folder):
             shutil.rmtree(stale)
     record = new_record(settings, data, model) | {name: before[name] for name in ("epochs", "curve") if before}
     print(f"model      {record['parameters'] / 1e6:.1f} M parameters, on {device} in {precision}\ntraining   "
@@ -983,9 +1012,10 @@ def new_record(settings, data, model):
 
     per_epoch = math.ceil(math.ceil(data["train_stories"] / settings.batch_size) / settings.accum_steps)
     steps = min(settings.max_steps or math.inf, settings.epochs * per_epoch)
+    per_point = min(per_epoch, math.ceil(steps / 1000))
     versions = {module.__name__: module.__version__ for module in (torch, transformers, datasets)}
     return {"settings": asdict(settings), "data": data, "parameters": sum(p.numel() for p in model.parameters()),
-            "steps": steps, "steps_per_epoch": per_epoch, "steps_per_point": math.ceil(steps / 1000),
+            "steps": steps, "steps_per_epoch": per_epoch, "steps_per_point": per_point,
             "epochs": [], "curve": [], "versions": {"python": platform.python_version(), **versions}}
 
 

@@ -10,7 +10,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import datasets
 import pytest
 import torch
-from transformers import GPT2Config
 
 import gpt2_tinystories as project
 from sample_stories import sample_stories
@@ -87,6 +86,3 @@ def refused(capsys):
         return line
 
     return check
-
-
-__all__ = ["TINY", "GPT2Config", "make_config", "make_model"]

@@ -1,5 +1,7 @@
 """From stories to batches: reading, splitting, tokenising, batching, padding."""
 
+import socket
+
 import datasets
 import numpy as np
 import pytest
@@ -83,7 +85,7 @@ def test_a_changed_text_file_is_read_again(workspace):
         ("broken.jsonl", '{"text": "a"}\n{"text": ', "cannot be read"),
         ("numbers.jsonl", '{"text": 1}\n{"text": 2}\n', "column `text` of strings"),
         ("mixed.jsonl", '{"text": "a"}\n{"text": {"b": 2}}\n', "column `text` of strings"),
-        ("other.jsonl", '{"story": "a"}\n{"story": "b"}\n', "column `text` of strings; it has story"),
+        ("other.jsonl", '{"story": "a"}\n{"story": "b"}\n', "column `text` of strings, has {'story'"),
         ("broken.parquet", b"PAR1 this is not parquet", "cannot be read"),
     ],
 )
@@ -138,6 +140,17 @@ def test_the_split_is_a_seeded_random_slice():
     assert other_train != train and other_test != test and other_fingerprint != fingerprint
     chosen = sorted(int(text.split()[1]) for text in train + test)
     assert chosen[0] < 100 and chosen[-1] > 1900  # from everywhere, not the first ones
+
+
+def test_the_fingerprint_knows_every_story():
+    texts = [f"story {i}" for i in range(20)]
+    settings = project.Settings(fraction=1.0)
+
+    def fingerprint(texts):
+        return project.split_stories(datasets.Dataset.from_dict({"text": texts}), settings)[2]["fingerprint"]
+
+    changed = [fingerprint([*texts[:i], "another story", *texts[i + 1 :]]) for i in range(20)]
+    assert len({fingerprint(texts), *changed}) == 21
 
 
 def test_a_story_is_its_tokens_and_the_end_cut_to_the_context(texts, tokenizer, encoded):
@@ -236,17 +249,22 @@ def test_a_bad_tokenizer_is_refused_in_one_line(name, workspace, refused):
 def test_an_unreadable_or_empty_tokenizer_folder_is_refused(workspace, tokenizer, refused, monkeypatch):
     tokenizer.save_pretrained(workspace / "broken")
     (workspace / "broken" / "tokenizer.json").write_text('{"version": "1.0", ')
-    assert "--tokenizer broken: cannot be read" in refused(project.main, ["--data", "sample", "--tokenizer", "broken"])
+    assert "--tokenizer broken: cannot be loaded" in refused(project.main, "--data sample --tokenizer broken")
 
     from transformers import AutoTokenizer, GPT2Tokenizer
 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: GPT2Tokenizer())
+    (workspace / "hollow").mkdir()
     assert "not usable: 1 tokens" in refused(project.main, ["--data", "sample", "--tokenizer", "hollow"])
 
 
-def test_a_hub_that_does_not_answer_is_noticed_at_once(monkeypatch):
-    monkeypatch.delenv("HF_HUB_OFFLINE")
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    project.hub_answers.cache_clear()
-    assert project.hub_answers() is False
-    project.hub_answers.cache_clear()
+@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:9", "no-scheme.example", "http://", "silence"])
+def test_a_hub_that_does_not_answer_is_noticed(endpoint, monkeypatch):
+    """silence: a port that takes connections and never says a word; without a time limit this test would hang."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        silent = f"http://127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.delenv("HF_HUB_OFFLINE")
+        monkeypatch.setenv("HF_ENDPOINT", silent if endpoint == "silence" else endpoint)
+        project.hub_answers.cache_clear()
+        assert project.hub_answers() is False
+        project.hub_answers.cache_clear()

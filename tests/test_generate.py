@@ -1,6 +1,9 @@
 """Generating text: against transformers' generate and samplers, and the command line of gpt2_generate.py."""
 
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -212,6 +215,20 @@ def test_interactive_reads_prompts_and_survives_a_bad_one(checkpoint, model, cap
     shown = capsys.readouterr().out
     assert all(project.generate_text(model, prompt, 10) in shown for prompt in ("Tom had", "Lily saw"))
     assert "--prompt 'word word" in shown
+
+
+@pytest.mark.parametrize(
+    ("prompts", "expected"), [(["One", "Two"], ("One", "Two")), (("One"), ("One",)), (("One",), ("One",))]
+)
+def test_prompts_and_model_can_be_edited_in_any_form(prompts, expected, tmp_path):
+    source = Path(gpt2_generate.__file__).read_text(encoding="utf-8")
+    start, end = source.index("PROMPTS = ("), source.index("@dataclass")
+    edited = tmp_path / "edited_generate.py"
+    edited.write_text(f"{source[:start]}PROMPTS = {prompts!r}\nMODEL = None\n\n{source[end:]}", encoding="utf-8")
+    code = "import edited_generate as g; s = g.parse(g.Settings, '', []); print(s.prompt, repr(s.model))"
+    environment = {"PYTHONPATH": f"{tmp_path}:{Path(gpt2_generate.__file__).parent}", "PATH": ""}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout == f"{expected} ''\n", done.stderr
 
 
 def test_without_a_checkpoint_it_says_what_to_do(workspace, refused):

@@ -96,8 +96,10 @@ def test_auto_downloads_tinystories_once_and_keeps_them(hub, tmp_path):
     assert source(tmp_path) == "tinystories_local"
     assert list(datasets.load_from_disk(tmp_path / "tinystories_local")["text"]) == STORIES
     assert not (tmp_path / "tinystories_local.tmp").exists()
-    again = train(tmp_path, "http://127.0.0.1:9")  # the Hub is gone: nothing is asked, and it is the same run
-    assert again.returncode == 0 and "finished" in again.stdout
+    finished = train(tmp_path, "http://127.0.0.1:9")  # the Hub is gone, and it is the same run
+    assert finished.returncode == 0 and "finished" in finished.stdout
+    again = train(tmp_path, "http://127.0.0.1:9", f"{ARGUMENTS} --checkpoints again")
+    assert again.returncode == 0 and "36 to train, 4 to test, of 40 from tinystories_local" in again.stdout
 
 
 def test_any_dataset_of_the_hub_can_be_named(hub, tmp_path):

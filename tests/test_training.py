@@ -183,8 +183,8 @@ def test_the_recorded_test_loss_is_that_of_the_saved_model(finished, monkeypatch
     model, record = read_run()
     ids = next((finished / "checkpoints" / "data").glob("test-*.arrow"))
     column = datasets.Dataset.from_file(str(ids)).data.column("ids")
-    loss = project.evaluate(model, project.make_loader(column, [[i] for i in range(len(column))]))[0]
-    assert record["epochs"][1]["test_loss"] == pytest.approx(loss, rel=2e-3)  # computed in bf16 where the CPU has it
+    loader = project.make_loader(column, [[i] for i in range(len(column))])
+    assert record["epochs"][1]["test_perplexity"] == pytest.approx(project.compute_perplexity(model, loader), rel=1e-5)
 
 
 def test_dropout_is_on_again_after_a_sample(workspace, monkeypatch):
@@ -367,7 +367,7 @@ def test_out_of_memory_is_one_line_with_a_way_out(capsys):
 
     with pytest.raises(SystemExit):
         project.run(main)
-    assert re.fullmatch(r".*out of memory: halve --batch-size and double --accum-steps.*\n", capsys.readouterr().err)
+    assert re.fullmatch(r".*out of memory; .*halve --batch-size and double --accum-steps.*\n", capsys.readouterr().err)
 
 
 def test_a_trained_model_learns_to_end_its_stories(tokenizer, tmp_path):
@@ -389,3 +389,75 @@ def test_a_trained_model_learns_to_end_its_stories(tokenizer, tmp_path):
 def test_a_prompt_that_does_not_fit_is_refused_before_the_training(workspace, refused):
     assert "--prompt" in refused(project.main, [*TINY.split(), "--prompt", "word " * 100])
     assert not (workspace / "checkpoints" / "last").exists()
+
+
+def test_learning_rate_and_clipping_reach_the_optimizer(workspace, monkeypatch):
+    rates, norms, step = [], [], torch.optim.AdamW.step
+
+    def spy(optimizer, *arguments):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        rates.append({group["lr"] for group in optimizer.param_groups})
+        norms.append(torch.stack([p.grad.norm() for p in parameters]).norm().item())
+        return step(optimizer, *arguments)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    train("--grad-clip 0.01 --warmup-steps 1")
+    settings = project.Settings(warmup_steps=1)
+    assert rates == [{project.learning_rate_at(step, 10, settings)} for step in range(10)]
+    assert norms == pytest.approx([0.01] * 10, rel=1e-3)
+
+
+def test_other_folders_among_the_checkpoints_are_left_alone(workspace, capsys):
+    mine = [workspace / "checkpoints" / name for name in ("epoch_1.good", "epoch_best", "last.1", "epoch_2.zip")]
+    for path in mine:
+        path.mkdir(parents=True)
+    left = workspace / "checkpoints" / "epoch_1.tmp"
+    left.mkdir()
+    train("--epochs 1")
+    train("--epochs 1 --overwrite")
+    assert all(path.exists() for path in mine) and not left.exists()
+
+
+@pytest.mark.parametrize("content", ["", '{"settings": ', "[]", "{}", '{"settings": {}, "epochs": [{}], "steps": 1}'])
+def test_a_broken_record_is_refused_in_one_line(content, workspace, refused):
+    (workspace / "checkpoints" / "last").mkdir(parents=True)
+    (workspace / "checkpoints" / "last" / "training.json").write_text(content)
+    assert "--overwrite" in refused(project.main, TINY)
+
+
+def test_more_epochs_than_points_of_the_curve(workspace):
+    arguments = TINY.replace("sample", "two.txt").replace("0.0067", "1").replace("--epochs 2", "--epochs 1001")
+    project.Path("two.txt").write_text("<|endoftext|>".join(["Tom ran."] + ["Lily sat."]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(project, "write_plots", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            project.main(arguments.split())
+    record = json.loads((workspace / "checkpoints" / "epoch_1" / "training.json").read_text())
+    assert record["curve"] and record["steps"] == 1001
+    project.draw_metrics(record)
+
+
+def test_a_prompt_that_does_not_fit_is_refused_when_a_run_goes_on(workspace, refused, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(project, "evaluate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train()
+    assert "--prompt" in refused(project.main, [*TINY.split(), "--prompt", "word " * 100])
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")]
+)
+def test_out_of_memory_without_a_gpu_is_one_line_too(error, refused):
+    def main(_):
+        raise error
+
+    assert "halve --batch-size" in refused(main, "")
+
+
+def test_other_errors_keep_their_traceback():
+    def main():
+        raise RuntimeError("a mistake of ours")
+
+    with pytest.raises(RuntimeError, match="of ours"):
+        project.run(main)
