@@ -255,11 +255,12 @@ def test_what_fails_after_an_epoch_loses_nothing(broken, finished, workspace, mo
 
 def test_a_save_that_is_cut_short_leaves_the_checkpoint_before_it(workspace, model, monkeypatch, tokenizer):
     folder = workspace / "checkpoints" / "last"
-    project.save_checkpoint(folder, model, {"settings": {}, "number": 1})
+    record = {"settings": {}, "epochs": [], "steps": 1}
+    project.save_checkpoint(folder, model, record | {"number": 1})
     with monkeypatch.context() as patch:
         patch.setattr(project, "flush", lambda path: (_ for _ in ()).throw(OSError("no space left on device")))
         with pytest.raises(OSError, match="no space"):
-            project.save_checkpoint(folder, model, {"settings": {}, "number": 2})
+            project.save_checkpoint(folder, model, record | {"number": 2})
     assert json.loads((folder / "training.json").read_text())["number"] == 1
     project.load_checkpoint(folder)
     (workspace / "checkpoints" / "last").rename(workspace / "checkpoints" / "last.old")  # between the two renames
