@@ -765,7 +765,7 @@ def draw_metrics(record):
     figure = Figure(figsize=(15, 4.5), layout="constrained")
     size = f"{record['parameters'] / 1e6:.1f} M parameters"
     figure.suptitle(f"{size}, {data['train_stories']:,} training stories from {data['source']}")
-    loss, accuracy, perplexity = figure.subplots(1, 3)
+    loss, accuracy, perplexity = figure.subplots(1, 3, sharex=True)
     steps, losses = np.array(curve).T
     width = max(1, len(curve) // 50)  # of the running mean
     smooth = np.convolve(losses, np.ones(width) / width, "valid")
