@@ -24,7 +24,7 @@ MODEL = ""  # a checkpoint folder; empty: the newest epoch under checkpoints/
 class Settings:
     model: str = setting(str(MODEL or ""), "checkpoint folder; if empty, the newest epoch under checkpoints/")
     prompt: tuple = setting(
-        (PROMPTS,) if isinstance(PROMPTS, str) else tuple(PROMPTS), "beginning of a story; can be repeated"
+        (PROMPTS,) if isinstance(PROMPTS, str) else tuple(PROMPTS or ()), "beginning of a story; can be repeated"
     )
     method: str = setting("greedy", "greedy: the likeliest token each time; sample: draw one", ("greedy", "sample"))
     max_length: int = setting(200, "most new tokens of a story")
@@ -37,6 +37,8 @@ class Settings:
     interactive: bool = setting(False, "ask for prompts until an empty line")
 
     def __post_init__(self):
+        texts = self.prompt and all(isinstance(text, str) and text.strip() for text in self.prompt)
+        require(texts, "prompt", list(self.prompt), "must be one or more texts, none of them empty")
         require(self.num_samples >= 1, "num_samples", self.num_samples, "must be at least 1")
         require(0 <= self.seed < 2**31, "seed", self.seed, "must be at least 0 and below 2**31")
         for f in fields(self):
@@ -63,6 +65,7 @@ def write_stories(model, prompt, settings):
 
 def prompts_typed():
     """Yield the prompts that somebody types, up to an empty line or the end of the input."""
+    print("Type the beginning of a story; an empty line ends the program.")
     try:
         while prompt := input("prompt> ").strip():
             yield prompt

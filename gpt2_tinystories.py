@@ -137,7 +137,7 @@ def parse(settings_class, description, argv=None):
     return settings_class(**vars(parser.parse_args(argv)))
 
 
-def run(main):
+def run(main, interrupted="interrupted"):
     """Call main(); what a user can mend is shown as one line, without a traceback, and sets the exit code."""
     try:
         return main()
@@ -150,7 +150,7 @@ def run(main):
     except OSError as error:  # a full disk, a folder that cannot be written
         message, code = str(error), 1
     except KeyboardInterrupt:
-        message, code = "interrupted", 130
+        message, code = interrupted, 130
     print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
 
@@ -189,6 +189,7 @@ def load_stories(data, cache_dir):
     path, files = Path(data), (".txt", ".jsonl", ".parquet")
     if path.exists():
         require(path.is_dir() or path.suffix in files, "data", data, f"neither a folder nor one of {', '.join(files)}")
+        require(path.is_dir() or path.stat().st_size, "data", data, "is empty")
     else:
         hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", data) and path.suffix not in files
         require(hub_id, "data", data, "no such file or folder")
@@ -233,7 +234,7 @@ def read_stories(path, cache_dir):
 def load_default_stories(cache_dir):
     """./tinystories_local; else TinyStories from the Hub, saved there; else, with no network, the built-in stories."""
     if not Path(LOCAL_STORIES).exists():
-        print(f"stories    looking for {HUB_STORIES} on the Hugging Face Hub, to be kept here", flush=True)
+        print(f"stories    looking for {HUB_STORIES} on the Hugging Face Hub (1 GB, kept here)", flush=True)
         try:
             stories, _ = load_stories(HUB_STORIES, cache_dir)
         except InputError as error:
@@ -254,7 +255,8 @@ def read_text_file(path, size, changed):
         while part := file.read(1 << 20):
             *stories, rest = (rest + part).split(END_OF_STORY)
             yield from ({"text": story} for story in stories)
-    yield {"text": rest}
+    if rest.strip():
+        yield {"text": rest}
 
 
 def digest(text):
@@ -271,8 +273,8 @@ def split_stories(stories, settings):
     _, first = np.unique(digests, return_index=True)  # the first story of each text
     kept = rng.permutation(np.sort(first[digests[first] != 0]))
     n_test = max(1, round(settings.test_fraction * len(kept)))
-    require(n_test < len(kept), "fraction", settings.fraction, f"leaves {len(kept)} of the {len(stories)} stories in "
-            f"--data {settings.data}, too few to train and test (a .txt separates its stories by {END_OF_STORY})")
+    require(n_test < len(kept), "data", settings.data, f"{len(stories)} stories, of which --fraction "
+            f"{settings.fraction} leaves {len(kept)}: too few to train and test (a .txt needs {END_OF_STORY} between)")
     test, train = np.sort(kept[:n_test]), np.sort(kept[n_test:])
     n_empty = int((digests == 0).sum())
     counts = {"stories": len(stories), "train_stories": len(train), "test_stories": n_test, "empty": n_empty,
@@ -290,7 +292,7 @@ def load_tokenizer(name, stories=None):
     except Exception as error:  # each kind of broken file raises another exception; the message names the cause
         require(not Path(name).exists(), "tokenizer", name, f"cannot be loaded: {error}")
     require(hub_answers(), "tokenizer", name, "not in the local cache, and the Hugging Face Hub cannot be reached; "
-            "run once with a network, or use bpe:4096")
+            "run once with a network, or use --tokenizer bpe:4096")
     try:
         return open_tokenizer(name, local_files_only=False)
     except Exception as error:
@@ -355,10 +357,12 @@ def encode_stories(stories, tokenizer, n_positions, cache_file):
     return Tokens(ids, lengths, int(np.sum(encoded.data.column("cut"))))
 
 
-def prepare_stories(settings):
-    """(train, test, tokenizer, data): the Tokens of both parts, and what the record says of them."""
+def prepare_stories(settings, before):
+    """(train, test, tokenizer, data): the Tokens of both parts, and what the record says of them. before: the record of
+    the run to continue, if any; one that was begun with the built-in stories does not look for others."""
     cache_dir = Path(settings.checkpoints) / "data"
-    stories, source = load_stories(settings.data, cache_dir)
+    built_in = before and before["data"]["source"] == BUILT_IN
+    stories, source = load_stories("sample" if built_in else settings.data, cache_dir)
     train_stories, test_stories, data = split_stories(stories, settings)
     print(f"stories    {data['train_stories']:,} to train, {data['test_stories']:,} to test, of {len(stories):,} from "
           f"{source}; dropped {data['empty']:,} empty ones and {data['duplicates']:,} duplicates", flush=True)
@@ -679,6 +683,7 @@ def save_checkpoint(folder, model, record, sample=None, state=None):
         (temporary / "sample.txt").write_text(sample + "\n", encoding="utf-8")
     try:
         save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
+        shutil.copymode(temporary / "config.json", temporary / "model.safetensors")  # only its owner could read it
         if state:
             torch.save(state, temporary / "training_state.pt")
     except (SafetensorError, RuntimeError) as error:  # what a full disk is to these two
@@ -720,6 +725,8 @@ def load_checkpoint(folder, device="cpu"):
     from transformers import GPT2Config
 
     folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder}: no checkpoint, which is a folder with a config.json, as checkpoints/epoch_1")
     try:
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if (values["model_type"], values["activation_function"]) != ("gpt2", "gelu_new"):
@@ -727,7 +734,7 @@ def load_checkpoint(folder, device="cpu"):
         model = GPT(GPT2Config(**values), load_tokenizer(str(folder)))
         weights = load_file(folder / "model.safetensors")
     except Exception as error:  # each kind of broken file raises another exception; the message names the cause
-        raise InputError(f"{folder}: not a checkpoint that can be read: {type(error).__name__}: {error}") from error
+        raise InputError(f"{folder}: cannot be read: {type(error).__name__}: {error}") from error
     n_known, layout = len(model.tokenizer), gpt2_layout(model)
     if n_known != model.config.vocab_size:
         raise InputError(f"{folder}: {n_known} tokens in the tokenizer, {model.config.vocab_size} in the model")
@@ -777,7 +784,7 @@ def draw_metrics(record):
     accuracy.set(title="Accuracy", ylabel="share of next tokens guessed right")
     perplexity.set(title="Perplexity", ylabel="test perplexity")
     for axes, key in ((loss, "test_loss"), (accuracy, "test_accuracy"), (perplexity, "test_perplexity")):
-        axes.plot(at, [epoch[key] for epoch in epochs], "o-", color="C1", label=f"test, at last {last[key]:.3g}")
+        axes.plot(at, [epoch[key] for epoch in epochs], "o-", color="C1", label=f"test, now {last[key]:.3g}")
         axes.set_xlabel("optimizer step")
         axes.grid(alpha=0.3)
         axes.legend()
@@ -878,7 +885,8 @@ def train(model, train_set, test_set, settings, record, precision):
         loader = iter(make_loader(train_set.ids, batches, pin_memory=device == "cuda"))
         pending, drained_at = [], time.monotonic()
         bar = tqdm(desc=f"epoch {epoch}/{settings.epochs}", initial=progress["step"] - start, total=stop - start,
-                   leave=False, dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 60)
+                   bar_format="{desc} {percentage:3.0f}%|{bar}| {n}/{total} [{elapsed}{postfix}]", leave=False,
+                   dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 60)
         while window := list(islice(loader, accum_steps)):
             torch.manual_seed(settings.seed * 1_000_003 + progress["step"])  # dropout depends on the step alone
             for group in optimizer.param_groups:
@@ -903,7 +911,7 @@ def train(model, train_set, test_set, settings, record, precision):
                 progress["seconds"], drained_at = progress["seconds"] + time.monotonic() - drained_at, time.monotonic()
                 left = (n_steps - progress["step"]) * bar.format_dict["elapsed"] / (bar.n - bar.initial)
                 speed = f"{progress['tokens'] / progress['seconds']:,.0f} tokens/s"
-                bar.set_postfix_str(f"loss {loss:.3f}, {speed}, run {bar.format_interval(left)}")
+                bar.set_postfix_str(f"run {bar.format_interval(left)} left, loss {loss:.3f}, {speed}", refresh=False)
                 whole = left * n_steps / max(1, n_steps - progress["step"])
                 noted = noted or (bar.n - bar.initial >= 5 and note_if_long(whole, settings))
             if save_now:
@@ -932,13 +940,13 @@ def finish_epoch(model, epoch, test_loss, test_accuracy, settings, record, progr
                "test_perplexity": float(np.exp(test_loss)), "test_accuracy": test_accuracy,
                "tokens": n_tokens, "seconds": seconds}
     record["epochs"].append(figures)
-    print("epoch {epoch}/{0}  train: loss {train_loss:.3f}, accuracy {train_accuracy:.1%}; test: loss {test_loss:.3f}, "
-          "accuracy {test_accuracy:.1%}, perplexity {test_perplexity:.2f}; {tokens:,} tokens in {seconds:,.0f} s"
-          .format(settings.epochs, **figures), flush=True)
+    print("epoch {epoch}/{0}  train loss {train_loss:.3f}, accuracy {train_accuracy:.1%}  test loss {test_loss:.3f}, "
+          "accuracy {test_accuracy:.1%}, perplexity {test_perplexity:.2f}  {seconds:,.0f} s"
+          .format(settings.epochs, **figures))
     folder = Path(settings.checkpoints) / f"epoch_{epoch}"
     sample = generate_text(model, settings.prompt, max_length=200)
     save_checkpoint(folder, model, record, sample)
-    print(f"\n{sample}\n", flush=True)
+    print(f"saved {folder}, which begins a story like this:\n\n{sample}\n", flush=True)
     write_plots(Path(settings.plots), record)
     replace_text(folder.with_name("last") / "training.json", json.dumps(record, indent=1))  # now the epoch is done
 
@@ -957,7 +965,8 @@ def previous_run(settings):
         return None
     try:
         record = json.loads((folder / "last" / "training.json").read_text(encoding="utf-8"))
-        before, finished = record["settings"], record["epochs"] and record["epochs"][-1]["step"] == record["steps"]
+        before, _ = record["settings"], record["data"]["source"]
+        finished = record["epochs"] and record["epochs"][-1]["step"] == record["steps"]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise InputError(f"{folder} holds a run that cannot go on ({error!r}), --overwrite starts over") from error
     fixed = {f.name: getattr(settings, f.name) for f in fields(settings) if not f.metadata["free"]}
@@ -982,14 +991,16 @@ def main(argv=None):
     precision = pick_precision(settings.precision, device)
     folder, before = Path(settings.checkpoints), previous_run(settings)
     if before and before["finished"]:
-        print(f"{folder} holds this run, and it is finished; write stories with it: python gpt2_generate.py")
+        newest = folder / f"epoch_{len(before['epochs'])}"
+        print(f"{folder} holds this run, and it is finished; next: python gpt2_generate.py --model {newest}")
         return
 
-    train_set, test_set, tokenizer, data = prepare_stories(settings)
+    train_set, test_set, tokenizer, data = prepare_stories(settings, before)
     torch.manual_seed(settings.seed)
     if before:
         refuse_changes(folder, before["data"], data)
         model = load_checkpoint(folder / "last", device)
+        print("continuing the interrupted run from its last save")
     else:
         model = GPT(model_config(settings, tokenizer), tokenizer).to(device)
     encode_prompt(model, settings.prompt)  # better refused now than after an epoch
@@ -1030,4 +1041,4 @@ def model_config(settings, tokenizer):
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, "interrupted; the same command continues from the last save (after each epoch and every --save-every)")

@@ -231,6 +231,12 @@ def test_prompts_and_model_can_be_edited_in_any_form(prompts, expected, tmp_path
     assert done.stdout == f"{expected} ''\n", done.stderr
 
 
+@pytest.mark.parametrize("prompts", [(), ("One", ""), (1,), None])
+def test_prompts_that_are_no_texts_are_refused(prompts):
+    with pytest.raises(project.InputError, match="--prompt"):
+        gpt2_generate.Settings(prompt=prompts or ())
+
+
 def test_without_a_checkpoint_it_says_what_to_do(workspace, refused):
     assert "train first" in refused(gpt2_generate.main, "")
     assert "nowhere" in refused(gpt2_generate.main, "--model nowhere")

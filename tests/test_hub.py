@@ -127,4 +127,4 @@ def test_an_explicit_tokenizer_never_falls_back(tmp_path):
     done = train(tmp_path, "http://127.0.0.1:9", "--data sample --tokenizer gpt2")
     assert done.returncode == 2
     assert done.stderr.endswith("--tokenizer gpt2: not in the local cache, and the Hugging Face Hub cannot be reached; "
-                                "run once with a network, or use bpe:4096\n")  # fmt: skip
+                                "run once with a network, or use --tokenizer bpe:4096\n")  # fmt: skip

@@ -255,7 +255,7 @@ def test_what_fails_after_an_epoch_loses_nothing(broken, finished, workspace, mo
 
 def test_a_save_that_is_cut_short_leaves_the_checkpoint_before_it(workspace, model, monkeypatch, tokenizer):
     folder = workspace / "checkpoints" / "last"
-    record = {"settings": {}, "epochs": [], "steps": 1}
+    record = {"settings": {}, "data": {"source": ""}, "epochs": [], "steps": 1}
     project.save_checkpoint(folder, model, record | {"number": 1})
     with monkeypatch.context() as patch:
         patch.setattr(project, "flush", lambda path: (_ for _ in ()).throw(OSError("no space left on device")))
@@ -419,7 +419,9 @@ def test_other_folders_among_the_checkpoints_are_left_alone(workspace, capsys):
     assert all(path.exists() for path in mine) and not left.exists()
 
 
-@pytest.mark.parametrize("content", ["", '{"settings": ', "[]", "{}", '{"settings": {}, "epochs": [{}], "steps": 1}'])
+@pytest.mark.parametrize(
+    "content", ["", '{"settings": ', "[]", "{}", '{"settings": {}, "data": {"source": ""}, "epochs": [{}]}']
+)
 def test_a_broken_record_is_refused_in_one_line(content, workspace, refused):
     (workspace / "checkpoints" / "last").mkdir(parents=True)
     (workspace / "checkpoints" / "last" / "training.json").write_text(content)
@@ -462,3 +464,18 @@ def test_other_errors_keep_their_traceback():
 
     with pytest.raises(RuntimeError, match="of ours"):
         project.run(main)
+
+
+def test_a_run_begun_with_the_built_in_stories_goes_on_with_them(workspace, monkeypatch, capsys):
+    arguments = TINY.replace("--data sample ", "").split()
+    monkeypatch.setattr(project, "hub_answers", lambda: False)
+    with monkeypatch.context() as patch:
+        patch.setattr(project, "evaluate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            project.main(arguments)
+    assert "THE BUILT-IN STORIES" in capsys.readouterr().out
+    datasets.Dataset.from_dict({"text": list(sample_stories(40, seed=9))}).save_to_disk("tinystories_local")
+    project.main(arguments)
+    shown = capsys.readouterr().out
+    assert "continuing" in shown and "THE BUILT-IN STORIES" not in shown
+    assert read_run()[1]["data"]["source"] == "built-in stories"
