@@ -543,11 +543,10 @@ def generate_text(model, prompt, max_length=50, method="greedy", *, temperature=
         probabilities = next_probabilities(logits, temperature, top_k, top_p)
         return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
 
-    rows = torch.tensor([ids] * num_samples, device=model.device)  # (B, T)
     with evaluation_mode(model):
+        rows = torch.tensor([ids] * num_samples, device=model.device)  # (B, T)
         rows = continue_rows(model, rows, max_length, choose, streamer).tolist()
-    rows = [row[: row.index(eos, len(ids))] if eos in row[len(ids) :] else row for row in rows]
-    texts = [model.tokenizer.decode(row) for row in rows]
+    texts = [model.tokenizer.decode(row[: (row + [eos]).index(eos, len(ids))]) for row in rows]  # each to its end
     return texts if num_samples > 1 else texts[0]
 
 
