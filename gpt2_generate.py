@@ -5,11 +5,20 @@
     python gpt2_generate.py --interactive                   type beginnings, read stories
 """
 
-import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
-from gpt2_tinystories import InputError, generate_text, load_checkpoint, parse, pick_device, require, run, setting
+from gpt2_tinystories import (
+    InputError,
+    generate_text,
+    load_checkpoint,
+    parse,
+    pick_device,
+    require,
+    run,
+    saved_folders,
+    setting,
+)
 
 # Edit these two, or use --prompt and --model.
 PROMPTS = (
@@ -41,13 +50,13 @@ class Settings:
         require(texts, "prompt", list(self.prompt), "must be one or more texts, none of them empty")
         require(self.num_samples >= 1, "num_samples", self.num_samples, "must be at least 1")
         require(0 <= self.seed < 2**31, "seed", self.seed, "must be at least 0 and below 2**31")
-        for f in fields(self):
-            value, idle = getattr(self, f.name), self.method == "greedy" and f.metadata["help"].startswith("for sample")
-            require(not idle or value == f.default, f.name, value, "needs --method sample")
+        for name in ("temperature", "top_k", "top_p", "num_samples", "seed"):
+            value, default = getattr(self, name), getattr(Settings, name)
+            require(self.method == "sample" or value == default, name, value, "needs --method sample")
 
 
 def newest_checkpoint(folder="checkpoints"):
-    epochs = [path for path in Path(folder).glob("epoch_*") if re.fullmatch(r"epoch_\d+", path.name)]
+    epochs = saved_folders(Path(folder), r"epoch_\d+")
     if not epochs:
         raise InputError(f"no epoch in {folder}/ yet: train first (python gpt2_tinystories.py), or give --model FOLDER")
     return max(epochs, key=lambda path: int(path.name.removeprefix("epoch_")))

@@ -283,7 +283,7 @@ def split_stories(stories, settings):
     return chosen.select(train), chosen.select(test), counts
 
 
-def load_tokenizer(name, stories=None):
+def load_tokenizer(name, stories):
     """A Hugging Face tokenizer by its Hub name or folder; bpe:SIZE trains a byte-level BPE on the stories."""
     if name.startswith("bpe:"):
         return train_tokenizer(name, stories)
@@ -730,7 +730,7 @@ def load_checkpoint(folder, device="cpu"):
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if (values["model_type"], values["activation_function"]) != ("gpt2", "gelu_new"):
             raise ValueError(f"a {values['model_type']} model with {values['activation_function']}, not a GPT-2")
-        model = GPT(GPT2Config(**values), load_tokenizer(str(folder)))
+        model = GPT(GPT2Config(**values), open_tokenizer(str(folder), local_files_only=True))
         weights = load_file(folder / "model.safetensors")
     except Exception as error:  # each kind of broken file raises another exception; the message names the cause
         raise InputError(f"{folder}: cannot be read: {type(error).__name__}: {error}") from error
@@ -918,6 +918,7 @@ def train(model, train_set, test_set, settings, record, precision):
                 saved_at = time.monotonic()
         bar.close()
         save_last(folder, model, record, progress, optimizer, scaler)
+        saved_at = time.monotonic()
         test_loss, test_accuracy = evaluate(model, test_loader)  # in fp32, like generate_text and compute_perplexity
         finish_epoch(model, epoch, test_loss, test_accuracy, settings, record, progress)
 

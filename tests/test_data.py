@@ -236,7 +236,7 @@ def test_a_bpe_tokenizer_is_trained_to_its_size_and_reads_everything(stories, to
     again = project.load_tokenizer("bpe:400", stories)
     assert again.get_vocab() == tokenizer.get_vocab()
     tokenizer.save_pretrained(tmp_path)
-    reloaded = project.load_tokenizer(str(tmp_path))
+    reloaded = project.load_tokenizer(str(tmp_path), stories)
     assert project.encode(reloaded, text) == project.encode(tokenizer, text)
     assert (reloaded.eos_token, reloaded.eos_token_id) == ("<|endoftext|>", tokenizer.eos_token_id)
 
