@@ -12,6 +12,7 @@ Shapes in the comments: B stories in a batch, T tokens in a story, C = n_embd, H
 
 import argparse
 import csv
+import ctypes
 import http.client
 import json
 import math
@@ -483,17 +484,20 @@ class GPT(nn.Module):
         return self.wte.weight.device
 
     def forward(self, input_ids, cache=None):
-        """Logits (B, T, V) for the token after each of input_ids (B, T), with T at most n_positions.
+        """Logits (B, T, V) for the token after each of input_ids (B, T), with T at most n_positions; with a cache (see
+        hidden_states) only those of the last position: (B, 1, V)."""
+        x = self.hidden_states(input_ids, cache)
+        return self.lm_head(x[:, -1:] if cache else x)
 
-        cache, a list of an empty dict for each layer at first, lets the next call go on from here with one more token;
-        with a cache, only the logits of the last position are computed: (B, 1, V).
-        """
+    def hidden_states(self, input_ids, cache=None):
+        """What the head is applied to, (B, T, C). cache, a list of an empty dict for each layer at first, lets the next
+        call go on from here with one more token."""
         seen = cache[0]["k"].size(2) if cache and cache[0] else 0
         positions = torch.arange(seen, seen + input_ids.size(1), device=input_ids.device)
         x = self.drop(self.wte(input_ids) + self.wpe(positions))  # (B, T, C)
         for i, block in enumerate(self.h):
             x = block(x, cache[i] if cache else None)
-        return self.lm_head(self.ln_f(x[:, -1:] if cache else x))
+        return self.ln_f(x)
 
 
 def sinusoid(n_positions, n_embd):
@@ -552,12 +556,12 @@ def generate_text(model, prompt, max_length=50, method="greedy", *, temperature=
 
 def continue_rows(model, tokens, max_length, choose, streamer):
     """tokens (B, T) and up to max_length more, until each row has an <|endoftext|>; choose makes ids (B,) of logits."""
-    inputs, cache = tokens, [{} for _ in model.h]
+    inputs, cache, head = tokens, [{} for _ in model.h], fast_head(model)
     ended = torch.zeros_like(tokens[:, 0], dtype=torch.bool)
     if streamer:
         streamer.put(tokens.cpu())
     for _ in range(max_length):
-        new = choose(model(inputs, cache)[:, -1])
+        new = choose(head(model.hidden_states(inputs, cache)[:, -1]))
         ended |= new == model.tokenizer.eos_token_id
         if ended.all():
             break
@@ -569,6 +573,22 @@ def continue_rows(model, tokens, max_length, choose, streamer):
     if streamer:
         streamer.end()
     return tokens
+
+
+def fast_head(model):
+    """model.lm_head for x (B, C), faster. What takes time on a CPU is to read its weights: where bf16 is multiplied fast,
+    a copy in bf16, half as large, is read, and the 64 largest logits are computed again in fp32."""
+    weight = model.lm_head.weight
+    if model.device.type != "cpu" or pick_precision("auto", "cpu") != "bf16":
+        return model.lm_head
+    small = weight.bfloat16()
+
+    def head(x):
+        logits = F.linear(x.bfloat16(), small).float()
+        likely = logits.topk(min(64, len(weight))).indices
+        return logits.scatter(1, likely, (weight[likely] @ x[:, :, None])[:, :, 0])
+
+    return head
 
 
 def encode_prompt(model, prompt):
@@ -585,7 +605,10 @@ def next_probabilities(logits, temperature, top_k, top_p):
     if top_k:
         smallest = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, -math.inf)
-    ranked, order = logits.softmax(-1).sort(descending=True)
+    probabilities = logits.softmax(-1)
+    if top_p == 1:
+        return probabilities
+    ranked, order = probabilities.sort(descending=True)
     ranked[ranked.cumsum(-1) - ranked >= top_p] = 0  # the likelier tokens before this one are enough
     return torch.zeros_like(ranked).scatter(-1, order, ranked / ranked.sum(-1, keepdim=True))
 
@@ -628,10 +651,42 @@ def make_optimizer(model, settings):
 # --- Evaluation ------------------------------------------------------------------------------------------------------
 
 
+class CrossEntropy(torch.autograd.Function):
+    """score's two sums, of logits (N, V) and targets (N,), computed in fp32 for 64 rows at a time, which stay in the
+    caches of a CPU. The gradient, softmax minus one-hot, takes the memory of the logits: they are never copied."""
+
+    @staticmethod
+    def forward(ctx, logits, targets):
+        ctx.save_for_backward(logits, targets)
+        loss = right = 0
+        for rows, target in pieces(logits, targets):
+            rows = rows.float()
+            loss = loss + F.cross_entropy(rows, target, ignore_index=IGNORE, reduction="sum")
+            right = right + (rows.argmax(-1) == target).sum()
+        ctx.mark_non_differentiable(right)
+        return loss, right
+
+    @staticmethod
+    def backward(ctx, factor, _):
+        logits, targets = ctx.saved_tensors
+        for rows, target in pieces(logits, targets):
+            gradient, is_real = rows.softmax(-1, dtype=torch.float32), target != IGNORE
+            gradient[torch.arange(len(target), device=target.device), target * is_real] -= 1
+            rows.copy_(gradient.mul_((factor * is_real)[:, None]))
+        return logits, None
+
+
+def pieces(logits, targets):
+    n_rows = 64 if logits.device.type == "cpu" else len(logits)
+    return zip(logits.split(n_rows), targets.split(n_rows), strict=True)
+
+
 def score(model, input_ids, targets):
     """Cross-entropy in nats and number of right guesses, both summed over the real tokens of a batch (0-d tensors)."""
-    logits = model(input_ids)  # (B, T, V)
-    loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+    logits, targets = model(input_ids).flatten(0, 1), targets.flatten()
+    if not torch.compiler.is_compiling():
+        return CrossEntropy.apply(logits, targets)
+    loss = F.cross_entropy(logits.float(), targets, ignore_index=IGNORE, reduction="sum")  # the compiler fuses all this
     return loss, (logits.argmax(-1) == targets).sum()
 
 
@@ -808,6 +863,17 @@ def backward(model, window, score=score, autocast=None, scaler=None):
     return loss_sum, right_sum, n_tokens
 
 
+def keep_freed_memory():
+    """Have glibc keep the memory of freed tensors; return it, or None for another C library. Otherwise it gives that of
+    large ones back to Linux and gets it again page by page, filled with zeros: a quarter of a step on a CPU."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if not hasattr(libc, "malloc_trim"):
+        return None
+    libc.mallopt(-4, 0)  # M_MMAP_MAX: all of it from the heap
+    libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
+    return libc
+
+
 def compile_score(model, batch, autocast):
     """torch.compile(score), or score itself where the compiler fails on the batch: said once, and the run goes on."""
     compiled = torch.compile(score, dynamic=True)
@@ -868,6 +934,10 @@ def train(model, train_set, test_set, settings, record, precision):
     device, folder, accum_steps = model.device.type, Path(settings.checkpoints), settings.accum_steps
     test_loader = make_loader(test_set.ids, epoch_batches(test_set.lengths, settings.batch_size, settings.seed, 0))
     model.train()
+    libc = keep_freed_memory() if device == "cpu" else None
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # on a CPU, too: attention with dropout stays in bf16
+    if device == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for the products that stay fp32, such as those of evaluate
     autocast = torch.autocast(device, DTYPES[precision], enabled=precision != "fp32")
     scaler = torch.amp.GradScaler(device, enabled=precision == "fp16")
     optimizer = make_optimizer(model, settings)
@@ -902,6 +972,8 @@ def train(model, train_set, test_set, settings, record, precision):
             scaler.update()
             optimizer.zero_grad()
             progress["step"] += 1
+            if libc and progress["step"] % 8 == 0:
+                libc.malloc_trim(0)  # batches of many sizes leave holes in the heap: without this it grows and grows
             pending.append((loss, right, bad, n_tokens))
             bar.update()
             save_now = time.monotonic() - saved_at > 60 * settings.save_every

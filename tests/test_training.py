@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 
 import datasets
 import numpy as np
@@ -56,6 +57,64 @@ def test_the_loss_and_its_gradients_are_those_of_transformers(model, encoded, tm
     one, two = model.h[1].mlp.c_fc.weight.grad, theirs.transformer.h[1].mlp.c_fc.weight.grad.T
     torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-3)
     torch.testing.assert_close(model.lm_head.weight.grad, theirs.lm_head.weight.grad, atol=1e-6, rtol=1e-3)
+
+
+def plain_score(model, input_ids, targets):
+    """score as PyTorch would do it by itself."""
+    logits, targets = model(input_ids).flatten(0, 1).float(), targets.flatten()
+    loss = torch.nn.functional.cross_entropy(logits, targets, ignore_index=project.IGNORE, reduction="sum")
+    return loss, (logits.argmax(-1) == targets).sum()
+
+
+@pytest.mark.parametrize("n_rows", [1, 64, 65, 200])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cross_entropy_equals_that_of_pytorch(n_rows, dtype):
+    logits = (5 * torch.randn(n_rows, 300)).to(dtype).requires_grad_()
+    targets = torch.randint(300, (n_rows,))
+    targets[1::3] = project.IGNORE
+    expected, right = plain_score(lambda x: x, logits[None], targets)
+    (expected_gradient,) = torch.autograd.grad(expected * 0.3, logits)
+    loss, right_too = project.score(lambda x: 1 * x, logits[None], targets)  # 1 * x: its memory is overwritten
+    (gradient,) = torch.autograd.grad(loss * 0.3, logits)
+    torch.testing.assert_close(loss, expected)
+    assert right_too == right
+    torch.testing.assert_close(gradient, expected_gradient)
+
+
+def test_a_second_backward_pass_through_the_overwritten_logits_is_refused():
+    logits = torch.randn(1, 3, 5, requires_grad=True)
+    loss, _ = project.score(lambda x: 1 * x, logits, torch.tensor([1, 2, 3]))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+def test_the_fast_path_has_the_loss_and_gradients_of_plain_fp32(dtype, tolerance, encoded, tokenizer):
+    torch.manual_seed(0)
+    model = project.GPT(make_config(tokenizer), tokenizer)
+    batches = loader_of(encoded, [range(10), range(10, 16)])
+    model.zero_grad()
+    expected_loss, *_ = project.backward(model, batches, plain_score)
+    expected = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+    model.zero_grad()
+    loss, *_ = project.backward(model, batches, autocast=torch.autocast("cpu", dtype, enabled=dtype != torch.float32))
+    assert loss.item() == pytest.approx(expected_loss.item(), rel=tolerance / 10)
+    for p, gradient in zip((p for p in model.parameters() if p.requires_grad), expected, strict=True):
+        assert (p.grad - gradient).norm() <= tolerance * gradient.norm()
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
+def test_the_compiled_score_has_the_loss_and_gradients_of_the_plain_one(model, encoded, capsys):
+    batches = loader_of(encoded, [range(4), range(30, 33)])
+    compiled = project.compile_score(model, batches[0], None)
+    assert "off" not in capsys.readouterr().out
+    expected_sums = [float(value) for value in project.backward(model, batches, plain_score)]
+    expected = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+    model.zero_grad()
+    assert [float(value) for value in project.backward(model, batches, compiled)] == pytest.approx(expected_sums)
+    for p, gradient in zip((p for p in model.parameters() if p.requires_grad), expected, strict=True):
+        torch.testing.assert_close(p.grad, gradient, atol=1e-5, rtol=1e-3)
 
 
 def test_padding_never_changes_a_loss(model, encoded):

@@ -1,0 +1,229 @@
+"""Training speed and memory of this project beside transformers' Trainer: the same stories, model and optimizer steps.
+
+    pip install -r benchmarks/requirements.txt
+    python benchmarks/train_speed.py
+    python benchmarks/train_speed.py --precision fp32 --only hf-default ours
+    python benchmarks/train_speed.py --only ours --profile
+
+hf-default  GPT2LMHeadModel and Trainer with default arguments: batches in random order, padded to their longest story
+hf-tuned    the same with bf16, batches grouped by length, torch.compile and the fused AdamW
+ours        gpt2_tinystories.py as it is, but with n_inner 3072, as GPT2LMHeadModel has it: equal work
+
+Each is a process of its own. They train a block of steps in turn; the first blocks (warm-up, compilation) do not count.
+Tokens are those of the stories, without padding. The share of the machine's rate of matrix products is of FLOPs counted
+as 6 a token for every weight of a matrix product, and 6 T n_embd in each layer for causal attention over T tokens.
+"""
+
+import argparse
+import math
+import multiprocessing
+import os
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import gpt2_tinystories as project
+
+# --- In a process of its own: train ----------------------------------------------------------------------------------
+
+
+class Stopwatch:
+    """Times blocks of optimizer steps; what it sends to the parent is (seconds, tokens, FLOPs, peak memory)."""
+
+    def __init__(self, pipe, options):
+        self.pipe, self.options = pipe, options
+        self.n_steps, self.work = 0, []
+        self.profiler = torch.profiler.profile()
+
+    def before_step(self):
+        block, rest = divmod(self.n_steps, self.options.steps)
+        self.n_steps += 1
+        if rest:
+            return
+        if block:
+            tokens, flops = (float(sum(column)) for column in zip(*self.work, strict=True))
+            synchronize(self.options.device)
+            self.pipe.send((time.perf_counter() - self.started, tokens, flops, peak_memory(self.options.device)))
+        if self.options.profile and block == self.options.rounds:
+            self.profiler.stop()
+            key = "self_device_time_total" if self.options.device == "cuda" else "self_cpu_time_total"
+            print(self.profiler.key_averages().table(sort_by=key, row_limit=20, max_name_column_width=50), flush=True)
+        self.pipe.recv()  # until it is this one's turn
+        self.work.clear()
+        if self.options.profile and block == self.options.rounds - 1:
+            self.profiler.start()
+        self.started = time.perf_counter()
+
+    def add(self, config, n_tokens, width):
+        """Take down what a batch of n_tokens, padding not counted, with stories of at most `width` tokens amounts to"""
+        n_weights = config.n_layer * (4 * config.n_embd**2 + 2 * config.n_embd * (config.n_inner or 4 * config.n_embd))
+        n_weights += config.vocab_size * config.n_embd
+        self.work.append((n_tokens, 6 * n_tokens * (n_weights + config.n_layer * config.n_embd * width)))
+
+
+def synchronize(device):
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_memory(device):
+    if device == "cuda":
+        return torch.cuda.max_memory_reserved()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def settings_of(options):
+    return (f"--data {options.data} --n-inner 3072 --epochs 1000 --device {options.device} --batch-size "
+            f"{options.batch_size} --accum-steps {options.accum_steps} --precision {options.precision} --compile "
+            f"{options.compile} --checkpoints {options.folder}/checkpoints --plots {options.folder}/plots").split()
+
+
+def ours(options, stopwatch):
+    backward = project.backward
+
+    def timed_backward(model, window, *rest):
+        stopwatch.before_step()
+        for input_ids, targets in window:
+            stopwatch.add(model.config, int((targets != project.IGNORE).sum()), input_ids.size(1))
+        return backward(model, window, *rest)
+
+    project.backward = timed_backward
+    project.main(settings_of(options))
+
+
+def hf_default(options, stopwatch, **arguments):
+    import datasets
+    import transformers
+
+    class TimedTrainer(transformers.Trainer):
+        n_batches = 0
+
+        def training_step(self, model, inputs, *rest):
+            if self.n_batches % options.accum_steps == 0:
+                stopwatch.before_step()
+            self.n_batches += 1
+            mask = inputs["attention_mask"]
+            stopwatch.add(config, mask.sum() - len(mask), mask.size(1))  # the first token of a story is no target
+            return super().training_step(model, inputs, *rest)
+
+    settings = project.parse(project.Settings, "", settings_of(options))
+    train_set, _, tokenizer, _ = project.prepare_stories(settings, None)
+    tokenizer.pad_token = tokenizer.eos_token
+    config = project.model_config(settings, tokenizer)
+    config.tie_word_embeddings = False
+    stories = datasets.Dataset.from_dict({"input_ids": [ids.as_py()[: settings.n_positions] for ids in train_set.ids]})
+    arguments = transformers.TrainingArguments(
+        f"{options.folder}/trainer", per_device_train_batch_size=options.batch_size, num_train_epochs=1000,
+        gradient_accumulation_steps=options.accum_steps, use_cpu=options.device == "cpu", disable_tqdm=True,
+        **arguments)
+    TimedTrainer(transformers.GPT2LMHeadModel(config), arguments, train_dataset=stories,
+                 data_collator=transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False)).train()
+
+
+def hf_tuned(options, stopwatch):
+    hf_default(options, stopwatch, bf16=True, torch_compile=True, optim="adamw_torch_fused",
+               train_sampling_strategy="group_by_length")
+
+
+RUNS = {"hf-default": hf_default, "hf-tuned": hf_tuned, "ours": ours}
+
+
+def work(name, options, pipe):
+    """What a process does, until its parent ends; what it prints goes to a file."""
+    with open(log_file(name, options), "w") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    RUNS[name](options, Stopwatch(pipe, options))
+
+
+# --- In the parent: let them take turns, and report ------------------------------------------------------------------
+
+
+def log_file(name, options):
+    return Path(options.folder) / f"{name}.txt"
+
+
+def start(name, options):
+    context = multiprocessing.get_context("spawn")
+    pipe, end = context.Pipe()
+    context.Process(target=work, args=(name, options, end), daemon=True).start()
+    end.close()
+    return pipe
+
+
+def train_block(name, pipe, options):
+    try:
+        pipe.send("go")
+        return pipe.recv()
+    except (EOFError, ConnectionError):
+        sys.exit(f"{name} failed:\n{log_file(name, options).read_text()}")
+
+
+def matmul_rate(device, dtype):
+    """FLOPs a second of this machine in the product of two square matrices."""
+    n = 8192 if device == "cuda" else 2048
+    a, b = torch.randn(2, n, n, device=device).to(dtype)
+    product, times = torch.empty_like(a), []
+    for _ in range(20):
+        started = time.perf_counter()
+        torch.mm(a, b, out=product)
+        synchronize(device)
+        times.append(time.perf_counter() - started)
+    return 2 * n**3 / statistics.median(times)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=project.HelpFormatter)
+    local = project.LOCAL_STORIES if Path(project.LOCAL_STORIES).exists() else "sample"
+    parser.add_argument("--data", default=local, help="as for gpt2_tinystories.py")
+    parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), help="which of them to run")
+    parser.add_argument("--rounds", type=int, default=3, help="blocks of each that count")
+    parser.add_argument("--steps", type=int, default=8, help="optimizer steps of a block")
+    parser.add_argument("--batch-size", type=int, default=8, help="stories in a batch")
+    parser.add_argument("--accum-steps", type=int, default=2, help="batches in a step")
+    parser.add_argument("--device", default=project.pick_device("auto"), help="cpu or cuda")
+    parser.add_argument("--precision", default="auto", help="of ours: fp32, bf16 or fp16")
+    parser.add_argument("--compile", default="auto", help="of ours: on or off")
+    parser.add_argument("--profile", action="store_true", help="of ours: show where the time of the last block goes")
+    options = parser.parse_args()
+    options.precision = project.pick_precision(options.precision, options.device)
+    rates, blocks = [], {name: [] for name in options.only}
+    with tempfile.TemporaryDirectory() as options.folder:
+        pipes = {}
+        for name in options.only:  # the first block of each alone: its start, its compilation, its warm-up
+            started, pipes[name] = time.perf_counter(), start(name, options)
+            train_block(name, pipes[name], options)
+            seconds = time.perf_counter() - started
+            print(f"{name}: its first {options.steps} steps were done {seconds:.0f} s after the start", flush=True)
+        for _ in range(options.rounds):
+            rates.append(matmul_rate(options.device, project.DTYPES[options.precision]))
+            for name in options.only:
+                blocks[name].append(train_block(name, pipes[name], options))
+        log = log_file(options.only[-1], options).read_text()
+        if options.profile:
+            print(log)
+    report(options, blocks, statistics.median(rates))
+
+
+def report(options, blocks, rate):
+    print(f"{options.device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {options.batch_size} x "
+          f"{options.accum_steps} stories of {options.data}, {options.precision} products {rate / 1e9:,.0f} GFLOP/s\n\n"
+          "| | tokens/s: median, lowest to highest | ours faster by | peak memory | of the products' rate |\n"
+          "|---|---|---|---|---|")
+    speeds = {name: [tokens / seconds for seconds, tokens, _, _ in blocks[name]] for name in options.only}
+    for name, speed in speeds.items():
+        ratios = [a / b for a, b in zip(speeds["ours"], speed, strict=True)] if "ours" in speeds else [math.nan]
+        share = statistics.median(flops / seconds for seconds, _, flops, _ in blocks[name]) / rate
+        memory = max(block[3] for block in blocks[name]) / 2**30
+        print(f"| {name} | {statistics.median(speed):,.0f}, {min(speed):,.0f} to {max(speed):,.0f} | "
+              f"{statistics.median(ratios):.2f} x | {memory:.2f} GiB | {share:.0%} |")
+
+
+if __name__ == "__main__":
+    project.run(main)

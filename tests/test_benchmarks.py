@@ -1,0 +1,34 @@
+"""The benchmarks run, in small; what they measure is not judged here."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.mark.parametrize(
+    "command, rows",
+    [
+        ("data_speed.py --stories 60 90 --tokenizer bpe:400", 4),
+        ("generate_speed.py --tokenizer bpe:400 --max-length 5 --rounds 1", 2),
+        ("train_speed.py --only ours --data sample --rounds 1 --steps 1 --batch-size 1 --device cpu --profile", 1),
+        ("train_speed.py --data sample --rounds 1 --steps 1 --batch-size 1 --device cpu --only hf-default ours", 2),
+    ],
+)
+def test_a_benchmark_prints_its_table(command, rows, tmp_path):
+    if "hf" in command and not importlib.util.find_spec("accelerate"):
+        pytest.skip("transformers' Trainer needs accelerate: pip install -r benchmarks/requirements.txt")
+    script, *arguments = command.split()
+    if script.startswith("generate"):
+        arguments += ["--device", "cpu"]
+    ran = subprocess.run(
+        [sys.executable, FOLDER / script, *arguments], cwd=tmp_path, capture_output=True, text=True, env=os.environ
+    )
+    assert ran.returncode == 0, ran.stderr
+    _, *table = [line for line in ran.stdout.splitlines() if line.startswith("| ")]
+    assert len(table) == rows
