@@ -576,8 +576,8 @@ def continue_rows(model, tokens, max_length, choose, streamer):
 
 
 def fast_head(model):
-    """model.lm_head for x (B, C), faster. What takes time on a CPU is to read its weights: where bf16 is multiplied fast,
-    a copy in bf16, half as large, is read, and the 64 largest logits are computed again in fp32."""
+    """model.lm_head for x (B, C), faster. A CPU spends its time reading the weights: where bf16 is multiplied fast,
+    it reads a copy in bf16, half as large, and computes the 64 largest logits again in fp32."""
     weight = model.lm_head.weight
     if model.device.type != "cpu" or pick_precision("auto", "cpu") != "bf16":
         return model.lm_head

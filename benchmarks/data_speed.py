@@ -63,6 +63,7 @@ def main():
     parser.add_argument("--stories", nargs="+", type=int, default=[20_000, 200_000], help="how many")
     parser.add_argument("--tokenizer", default="gpt2", help="as for gpt2_tinystories.py")
     options = parser.parse_args()
+    os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
     print("| stories | start | first batch after | stories/s | batches/s then | peak memory | with mapped files |\n"
           "|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:

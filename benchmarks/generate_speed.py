@@ -39,6 +39,7 @@ def main():
     from transformers import GPT2LMHeadModel, logging
 
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     n, device = options.max_length, options.device
     tokenizer = project.load_tokenizer(options.tokenizer, project.built_in_stories())
     torch.manual_seed(0)

@@ -112,8 +112,8 @@ def test_the_text_stops_at_the_end_of_the_story(method, model, monkeypatch):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_text_goes_on_when_the_context_is_full(precision, model, monkeypatch):
-    """Against a plain loop without a cache that drops the older half of a full context in the same way. With bf16, which
-    this machine may be slow at, the head reads weights in bf16, and the text is still the same."""
+    """Against a plain loop without a cache that drops the older half of a full context in the same way. Where the
+    head reads its weights in bf16, the text is still the same."""
     monkeypatch.setattr(project, "pick_precision", lambda *_: precision)
     ids, n_positions = project.encode(model.tokenizer, PROMPT), model.config.n_positions
     model.eval()
