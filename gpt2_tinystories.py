@@ -577,7 +577,8 @@ def continue_rows(model, tokens, max_length, choose, streamer):
 
 def fast_head(model):
     """model.lm_head for x (B, C), faster. A CPU spends its time reading the weights: where bf16 is multiplied fast,
-    it reads a copy in bf16, half as large, and computes the 64 largest logits again in fp32."""
+    it reads a copy in bf16, half as large, and computes the 64 largest logits again in fp32: greedy text stays that of
+    fp32, and only the unlikelier tokens are drawn with probabilities that are rounded."""
     weight = model.lm_head.weight
     if model.device.type != "cpu" or pick_precision("auto", "cpu") != "bf16":
         return model.lm_head
