@@ -483,11 +483,9 @@ class GPT(nn.Module):
     def device(self):
         return self.wte.weight.device
 
-    def forward(self, input_ids, cache=None):
-        """Logits (B, T, V) for the token after each of input_ids (B, T), with T at most n_positions; with a cache (see
-        hidden_states) only those of the last position: (B, 1, V)."""
-        x = self.hidden_states(input_ids, cache)
-        return self.lm_head(x[:, -1:] if cache else x)
+    def forward(self, input_ids):
+        """Logits (B, T, V) for the token after each of input_ids (B, T), with T at most n_positions."""
+        return self.lm_head(self.hidden_states(input_ids))
 
     def hidden_states(self, input_ids, cache=None):
         """What the head is applied to, (B, T, C). cache, a list of an empty dict for each layer at first, lets the next

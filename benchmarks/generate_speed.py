@@ -52,13 +52,13 @@ def main():
     print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {n} tokens\n\n"
           "| | generate_text, tokens/s | generate, tokens/s | faster by |\n|---|---|---|---|")
     for title, rows in (("1 prompt, greedy", 1), ("8 samples at once", 8)):
-        method, sample = ("sample", True) if rows > 1 else ("greedy", False)
-
-        def ours(rows=rows, method=method):
+        def ours(rows=rows):
+            method = "sample" if rows > 1 else "greedy"
             return project.generate_text(model, PROMPT, max_length=n, method=method, num_samples=rows)
 
-        def theirs(rows=rows, sample=sample):
-            return reference.generate(**inputs, do_sample=sample, top_k=0, num_return_sequences=rows, max_new_tokens=n)
+        def theirs(rows=rows):
+            return reference.generate(**inputs, max_new_tokens=n, do_sample=rows > 1, top_k=0,
+                                      num_return_sequences=rows)
 
         ours(), theirs()
         speeds = []

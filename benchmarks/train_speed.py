@@ -116,7 +116,6 @@ def hf_default(options, stopwatch, **arguments):
     train_set, _, tokenizer, _ = project.prepare_stories(settings, None)
     tokenizer.pad_token = tokenizer.eos_token
     config = project.model_config(settings, tokenizer)
-    config.tie_word_embeddings = False
     stories = datasets.Dataset.from_dict({"input_ids": [ids.as_py()[: settings.n_positions] for ids in train_set.ids]})
     arguments = transformers.TrainingArguments(
         f"{options.folder}/trainer", per_device_train_batch_size=options.batch_size, num_train_epochs=1000,
