@@ -25,9 +25,7 @@ def test_a_benchmark_prints_its_table(command, rows, tmp_path):
     script, *arguments = command.split()
     if script.startswith("generate"):
         arguments += ["--device", "cpu"]
-    ran = subprocess.run(
-        [sys.executable, FOLDER / script, *arguments], cwd=tmp_path, capture_output=True, text=True
-    )
+    ran = subprocess.run([sys.executable, FOLDER / script, *arguments], cwd=tmp_path, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     _, *table = [line for line in ran.stdout.splitlines() if line.startswith("| ")]
     assert len(table) == rows
