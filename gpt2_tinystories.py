@@ -468,13 +468,15 @@ class GPT(nn.Module):
         self.drop = nn.Dropout(config.embd_pdrop)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        # Zeros up to a multiple of 64 rows, which no file has and nobody reads: the matrix products are faster.
+        self.lm_head = nn.Linear(config.n_embd, math.ceil(config.vocab_size / 64) * 64, bias=False)
         std = config.initializer_range
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
             elif parameter.dim() == 2:  # what a block adds to its input is scaled down, as there are 2 n_layer of them
                 nn.init.normal_(parameter, std=std / math.sqrt(2 * config.n_layer) if "c_proj" in name else std)
+        nn.init.zeros_(self.lm_head.weight.data[config.vocab_size :])
         # A sinusoid's root mean square is sqrt(1/2): scaled to std, it is as large as the token embeddings.
         position = math.sqrt(2) * std * sinusoid(config.n_positions, config.n_embd)
         self.wpe.weight = nn.Parameter(position, requires_grad=False)
@@ -485,7 +487,7 @@ class GPT(nn.Module):
 
     def forward(self, input_ids):
         """Logits (B, T, V) for the token after each of input_ids (B, T), with T at most n_positions."""
-        return self.lm_head(self.hidden_states(input_ids))
+        return self.lm_head(self.hidden_states(input_ids))[..., : self.config.vocab_size]
 
     def hidden_states(self, input_ids, cache=None):
         """What the head is applied to, (B, T, C). cache, a list of an empty dict for each layer at first, lets the next
@@ -539,12 +541,12 @@ def generate_text(model, prompt, max_length=50, method="greedy", *, temperature=
     ids, eos = encode_prompt(model, prompt), model.tokenizer.eos_token_id
     generator = None if seed is None else torch.Generator(model.device).manual_seed(seed)
 
-    def choose(logits):
-        if method == "greedy":
-            return logits.argmax(-1)
+    def draw(x):
+        logits = model.lm_head(x)[:, : model.config.vocab_size]
         probabilities = next_probabilities(logits, temperature, top_k, top_p)
         return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
 
+    choose = make_greedy(model) if method == "greedy" else draw
     with evaluation_mode(model):
         rows = torch.tensor([ids] * num_samples, device=model.device)  # (B, T)
         rows = continue_rows(model, rows, max_length, choose, streamer).tolist()
@@ -553,13 +555,14 @@ def generate_text(model, prompt, max_length=50, method="greedy", *, temperature=
 
 
 def continue_rows(model, tokens, max_length, choose, streamer):
-    """tokens (B, T) and up to max_length more, until each row has an <|endoftext|>; choose makes ids (B,) of logits."""
-    inputs, cache, head = tokens, [{} for _ in model.h], fast_head(model)
+    """tokens (B, T) and up to max_length more, until each row has an <|endoftext|>; choose makes ids (B,) of the last
+    hidden states (B, C)."""
+    inputs, cache = tokens, [{} for _ in model.h]
     ended = torch.zeros_like(tokens[:, 0], dtype=torch.bool)
     if streamer:
         streamer.put(tokens.cpu())
     for _ in range(max_length):
-        new = choose(head(model.hidden_states(inputs, cache)[:, -1]))
+        new = choose(model.hidden_states(inputs, cache)[:, -1])
         ended |= new == model.tokenizer.eos_token_id
         if ended.all():
             break
@@ -573,21 +576,21 @@ def continue_rows(model, tokens, max_length, choose, streamer):
     return tokens
 
 
-def fast_head(model):
-    """model.lm_head for x (B, C), faster. A CPU spends its time reading the weights: where bf16 is multiplied fast,
-    it reads a copy in bf16, half as large, and computes the 64 largest logits again in fp32: greedy text stays that of
-    fp32, and only the unlikelier tokens are drawn with probabilities that are rounded."""
-    weight = model.lm_head.weight
-    if model.device.type != "cpu" or pick_precision("auto", "cpu") != "bf16":
-        return model.lm_head
-    small = weight.bfloat16()
+def make_greedy(model):
+    """A function from x (B, C), the last hidden states, to the ids (B,) of the largest logits. A CPU spends its time
+    reading the head's weights: where it multiplies bf16 fast, it reads a copy in bf16, half as large, and then computes
+    the 64 largest logits once more in fp32."""
+    weight = model.lm_head.weight[: model.config.vocab_size]
+    if weight.dtype != torch.float32 or model.device.type != "cpu" or pick_precision("auto", "cpu") != "bf16":
+        return lambda x: F.linear(x, weight).argmax(-1)
+    rounded = weight.bfloat16()
 
-    def head(x):
-        logits = F.linear(x.bfloat16(), small).float()
-        likely = logits.topk(min(64, len(weight))).indices
-        return logits.scatter(1, likely, (weight[likely] @ x[:, :, None])[:, :, 0])
+    def likeliest(x):
+        likely = F.linear(x.bfloat16(), rounded).topk(min(64, len(weight))).indices  # (B, 64)
+        logits = (weight[likely] @ x[:, :, None])[:, :, 0]
+        return likely.gather(1, logits.argmax(-1, keepdim=True))[:, 0]
 
-    return head
+    return likeliest
 
 
 def encode_prompt(model, prompt):
@@ -651,28 +654,31 @@ def make_optimizer(model, settings):
 
 
 class CrossEntropy(torch.autograd.Function):
-    """score's two sums, of logits (N, V) and targets (N,), computed in fp32 for 64 rows at a time, which stay in the
-    caches of a CPU. The gradient, softmax minus one-hot, takes the memory of the logits: they are never copied."""
+    """score's two sums from logits (N, V or more: only V count) and targets (N,), computed in fp32; on a CPU for 64
+    rows at a time, which stay in its caches. The gradient, softmax minus one-hot, is written over the logits."""
 
     @staticmethod
-    def forward(ctx, logits, targets):
+    def forward(ctx, logits, targets, vocab_size):
         ctx.save_for_backward(logits, targets)
+        ctx.vocab_size = vocab_size
         loss = right = 0
         for rows, target in pieces(logits, targets):
-            rows = rows.float()
+            rows = rows[:, :vocab_size].float()
             loss = loss + F.cross_entropy(rows, target, ignore_index=IGNORE, reduction="sum")
             right = right + (rows.argmax(-1) == target).sum()
         ctx.mark_non_differentiable(right)
         return loss, right
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, factor, _):
         logits, targets = ctx.saved_tensors
         for rows, target in pieces(logits, targets):
-            gradient, is_real = rows.softmax(-1, dtype=torch.float32), target != IGNORE
+            gradient, is_real = rows[:, : ctx.vocab_size].softmax(-1, dtype=torch.float32), target != IGNORE
             gradient[torch.arange(len(target), device=target.device), target * is_real] -= 1
-            rows.copy_(gradient.mul_((factor * is_real)[:, None]))
-        return logits, None
+            rows[:, : ctx.vocab_size] = gradient.mul_((factor * is_real)[:, None])
+            rows[:, ctx.vocab_size :] = 0
+        return logits.detach(), None, None
 
 
 def pieces(logits, targets):
@@ -682,9 +688,11 @@ def pieces(logits, targets):
 
 def score(model, input_ids, targets):
     """Cross-entropy in nats and number of right guesses, both summed over the real tokens of a batch (0-d tensors)."""
-    logits, targets = model(input_ids).flatten(0, 1), targets.flatten()
+    logits = model.lm_head(model.hidden_states(input_ids)).flatten(0, 1)
+    targets, vocab_size = targets.flatten(), model.config.vocab_size
     if not torch.compiler.is_compiling():
-        return CrossEntropy.apply(logits, targets)
+        return CrossEntropy.apply(logits, targets, vocab_size)
+    logits = logits[:, :vocab_size]
     loss = F.cross_entropy(logits.float(), targets, ignore_index=IGNORE, reduction="sum")  # the compiler fuses all this
     return loss, (logits.argmax(-1) == targets).sum()
 
@@ -713,8 +721,8 @@ TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # (in, out) in a
 
 def gpt2_layout(model):
     """The model's tensors under the names and in the shapes of a GPT-2 file; they share the model's memory."""
-    return {name if name == "lm_head.weight" else f"transformer.{name}": w.T if name.endswith(TRANSPOSED) else w
-            for name, w in model.state_dict().items()}
+    layout = {f"transformer.{name}": w.T if name.endswith(TRANSPOSED) else w for name, w in model.state_dict().items()}
+    return layout | {"lm_head.weight": layout.pop("transformer.lm_head.weight")[: model.config.vocab_size]}
 
 
 def save_checkpoint(folder, model, record, sample=None, state=None):
@@ -863,13 +871,13 @@ def backward(model, window, score=score, autocast=None, scaler=None):
 
 
 def keep_freed_memory():
-    """Have glibc keep the memory of freed tensors; return it, or None for another C library. Otherwise it gives that of
-    large ones back to Linux and gets it again page by page, filled with zeros: a quarter of a step on a CPU."""
+    """Have glibc keep the memory of freed tensors, in this process from now on; return it, or None for another library.
+    By itself it gives large blocks back to Linux and gets them again page by page, filled with zeros."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if not hasattr(libc, "malloc_trim"):
         return None
     libc.mallopt(-4, 0)  # M_MMAP_MAX: all of it from the heap
-    libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
+    libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap shrinks by malloc_trim alone
     return libc
 
 
@@ -934,9 +942,10 @@ def train(model, train_set, test_set, settings, record, precision):
     test_loader = make_loader(test_set.ids, epoch_batches(test_set.lengths, settings.batch_size, settings.seed, 0))
     model.train()
     libc = keep_freed_memory() if device == "cpu" else None
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # on a CPU, too: attention with dropout stays in bf16
-    if device == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 for the products that stay fp32, such as those of evaluate
+    if device == "cpu":  # despite its name: attention with dropout then stays in bf16
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    if device == "cuda" and precision != "fp32":
+        torch.set_float32_matmul_precision("high")  # TF32 for the products that stay fp32, those of evaluate
     autocast = torch.autocast(device, DTYPES[precision], enabled=precision != "fp32")
     scaler = torch.amp.GradScaler(device, enabled=precision == "fp16")
     optimizer = make_optimizer(model, settings)
@@ -1096,7 +1105,8 @@ def new_record(settings, data, model):
     steps = min(settings.max_steps or math.inf, settings.epochs * per_epoch)
     per_point = min(per_epoch, math.ceil(steps / 1000))
     versions = {module.__name__: module.__version__ for module in (torch, transformers, datasets)}
-    return {"settings": asdict(settings), "data": data, "parameters": sum(p.numel() for p in model.parameters()),
+    parameters = sum(weight.numel() for weight in gpt2_layout(model).values())
+    return {"settings": asdict(settings), "data": data, "parameters": parameters,
             "steps": steps, "steps_per_epoch": per_epoch, "steps_per_point": per_point,
             "epochs": [], "curve": [], "versions": {"python": platform.python_version(), **versions}}
 

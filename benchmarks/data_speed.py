@@ -21,6 +21,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import gpt2_tinystories as project
 
+PREPARE = "prepare"  # the first argument of the processes that are measured
+
 
 def write_stories(n_stories, folder):
     import datasets
@@ -54,7 +56,7 @@ def prepare(data, tokenizer, folder):
     first_batch, started = time.time(), time.perf_counter()
     n_batches = sum(1 for _ in loader)
     batches = n_batches / (time.perf_counter() - started)
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20 if sys.platform == "darwin" else 1024)
     print(json.dumps({"first_batch": first_batch, "batches": batches, "own": peak[0], "resident": resident}))
 
 
@@ -71,9 +73,8 @@ def main():
             write_stories(n_stories, Path(folder))
             for start in ("first", "second"):
                 started = time.time()
-                arguments = [sys.executable, __file__, f"{folder}/{n_stories}", options.tokenizer, folder]
-                output = subprocess.run(arguments, stdout=subprocess.PIPE, text=True, check=True,
-                                        env=os.environ | {"PREPARE": "1"}).stdout
+                arguments = [sys.executable, __file__, PREPARE, f"{folder}/{n_stories}", options.tokenizer, folder]
+                output = subprocess.run(arguments, stdout=subprocess.PIPE, text=True, check=True).stdout
                 figures = json.loads(output.splitlines()[-1])
                 figures["seconds"] = figures["first_batch"] - started
                 print("| {:,} | {} | {seconds:.1f} s | {:,.0f} | {batches:,.0f} | {own:,.0f} MB | {resident:,.0f} MB |"
@@ -81,7 +82,7 @@ def main():
 
 
 if __name__ == "__main__":
-    if "PREPARE" in os.environ:
-        prepare(*sys.argv[1:])
+    if sys.argv[1:2] == [PREPARE]:
+        prepare(*sys.argv[2:])
     else:
         project.run(main)

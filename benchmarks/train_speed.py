@@ -5,8 +5,10 @@
     python benchmarks/train_speed.py --precision fp32 --only hf-default ours
     python benchmarks/train_speed.py --only ours --profile
 
-hf-default  GPT2LMHeadModel and Trainer with default arguments: batches in random order, padded to their longest story
-hf-tuned    the same with bf16, batches grouped by length, torch.compile and the fused AdamW
+hf-default  GPT2LMHeadModel and Trainer with default arguments: fp32, stories in random order, padded to the batch's
+            longest one, the fused AdamW
+hf-tuned    the same with --precision (bf16 where the hardware has it), torch.compile and the very batches of ours, so
+            with stories of similar length
 ours        gpt2_tinystories.py as it is, but with n_inner 3072, as GPT2LMHeadModel has it: equal work
 
 Each is a process of its own. They train a block of steps in turn; the first blocks (warm-up, compilation) do not count.
@@ -49,14 +51,16 @@ class Stopwatch:
         if block:
             tokens, flops = (float(sum(column)) for column in zip(*self.work, strict=True))
             synchronize(self.options.device)
-            self.pipe.send((time.perf_counter() - self.started, tokens, flops, peak_memory(self.options.device)))
-        if self.options.profile and block == self.options.rounds:
-            self.profiler.stop()
-            key = "self_device_time_total" if self.options.device == "cuda" else "self_cpu_time_total"
-            print(self.profiler.key_averages().table(sort_by=key, row_limit=20, max_name_column_width=50), flush=True)
+            seconds = time.perf_counter() - self.started
+            if self.options.profile and block > self.options.rounds:
+                self.profiler.stop()
+                key = "self_device_time_total" if self.options.device == "cuda" else "self_cpu_time_total"
+                table = self.profiler.key_averages().table(sort_by=key, row_limit=20, max_name_column_width=50)
+                print(table, flush=True)
+            self.pipe.send((seconds, tokens, flops, peak_memory(self.options.device)))
         self.pipe.recv()  # until it is this one's turn
         self.work.clear()
-        if self.options.profile and block == self.options.rounds - 1:
+        if self.options.profile and block == self.options.rounds:
             self.profiler.start()
         self.started = time.perf_counter()
 
@@ -79,9 +83,11 @@ def peak_memory(device):
 
 
 def settings_of(options):
-    return (f"--data {options.data} --n-inner 3072 --epochs 1000 --device {options.device} --batch-size "
-            f"{options.batch_size} --accum-steps {options.accum_steps} --precision {options.precision} --compile "
-            f"{options.compile} --checkpoints {options.folder}/checkpoints --plots {options.folder}/plots").split()
+    # All stories and no saves inside an epoch: a block holds nothing but steps.
+    return (f"--data {options.data} --fraction 1 --save-every 1e6 --n-inner 3072 --epochs 1000 --device "
+            f"{options.device} --batch-size {options.batch_size} --accum-steps {options.accum_steps} --precision "
+            f"{options.precision} --compile {options.compile} --checkpoints {options.folder}/checkpoints --plots "
+            f"{options.folder}/plots").split()
 
 
 def ours(options, stopwatch):
@@ -97,7 +103,7 @@ def ours(options, stopwatch):
     project.main(settings_of(options))
 
 
-def hf_default(options, stopwatch, **arguments):
+def hf_default(options, stopwatch, batches_of_ours=False, **arguments):
     import datasets
     import transformers
 
@@ -111,6 +117,12 @@ def hf_default(options, stopwatch, **arguments):
             mask = inputs["attention_mask"]
             stopwatch.add(config, mask.sum() - len(mask), mask.size(1))  # the first token of a story is no target
             return super().training_step(model, inputs, *rest)
+
+        def _get_train_sampler(self, *rest):
+            if not batches_of_ours:
+                return super()._get_train_sampler(*rest)
+            batches = project.epoch_batches(train_set.lengths, options.batch_size, settings.seed, 1)
+            return [story for batch in batches for story in batch.tolist()]
 
     settings = project.parse(project.Settings, "", settings_of(options))
     train_set, _, tokenizer, _ = project.prepare_stories(settings, None)
@@ -126,8 +138,8 @@ def hf_default(options, stopwatch, **arguments):
 
 
 def hf_tuned(options, stopwatch):
-    hf_default(options, stopwatch, bf16=True, torch_compile=True, optim="adamw_torch_fused",
-               train_sampling_strategy="group_by_length")
+    hf_default(options, stopwatch, batches_of_ours=True, torch_compile=True, bf16=options.precision == "bf16",
+               fp16=options.precision == "fp16")
 
 
 RUNS = {"hf-default": hf_default, "hf-tuned": hf_tuned, "ours": ours}
@@ -187,7 +199,7 @@ def main():
     parser.add_argument("--batch-size", type=int, default=8, help="stories in a batch")
     parser.add_argument("--accum-steps", type=int, default=2, help="batches in a step")
     parser.add_argument("--device", default=project.pick_device("auto"), help="cpu or cuda")
-    parser.add_argument("--precision", default="auto", help="of ours: fp32, bf16 or fp16")
+    parser.add_argument("--precision", default="auto", help="of ours and hf-tuned: fp32, bf16 or fp16")
     parser.add_argument("--compile", default="auto", help="of ours: on or off")
     parser.add_argument("--profile", action="store_true", help="of ours: show where the time of the last block goes")
     options = parser.parse_args()
@@ -204,9 +216,8 @@ def main():
             rates.append(matmul_rate(options.device, project.DTYPES[options.precision]))
             for name in options.only:
                 blocks[name].append(train_block(name, pipes[name], options))
-        log = log_file(options.only[-1], options).read_text()
         if options.profile:
-            print(log)
+            print(log_file("ours", options).read_text())
     report(options, blocks, statistics.median(rates))
 
 

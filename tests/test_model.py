@@ -47,7 +47,8 @@ def test_with_a_cache_token_by_token_gives_the_same_logits(model):
     cache = [{} for _ in model.h]
     inputs = [input_ids[:, :10]] + [input_ids[:, i : i + 1] for i in range(10, 64)]
     pieces = [model.hidden_states(one, cache)[:, -1:] for one in inputs]
-    torch.testing.assert_close(model.lm_head(torch.cat(pieces, dim=1)), whole[:, 9:], atol=1e-5, rtol=1e-4)
+    logits = model.lm_head(torch.cat(pieces, dim=1))[..., :400]
+    torch.testing.assert_close(logits, whole[:, 9:], atol=1e-5, rtol=1e-4)
 
 
 def test_a_new_model_guesses_uniformly(tokenizer, encoded):
@@ -66,7 +67,7 @@ def test_the_defaults_make_86_million_parameters(tokenizer):
     d, f = 768, 1536
     block = (d * 3 * d + 3 * d) + (d * d + d) + (d * f + f) + (f * d + d) + 2 * 2 * d
     by_hand = 2 * 50_257 * d + 256 * d + 2 * block + 2 * d
-    assert sum(parameter.numel() for parameter in model.parameters()) == by_hand == 86_846_976
+    assert sum(weight.numel() for weight in project.gpt2_layout(model).values()) == by_hand == 86_846_976
 
 
 def test_the_sinusoid_is_that_of_the_paper():
