@@ -21,16 +21,17 @@ import platform
 import re
 import shlex
 import shutil
+import signal
 import ssl
 import sys
 import threading
 import time
 import urllib.error
 import urllib.request
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
-from hashlib import blake2b
+from hashlib import blake2b, sha256
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,6 +48,7 @@ HUB_STORIES, LOCAL_STORIES = "roneneldan/TinyStories", "tinystories_local"
 BUILT_IN, N_BUILT_IN = "built-in stories", 12_000
 END_OF_STORY = "<|endoftext|>"
 IGNORE = -100  # the target of padding
+SUMS = "SHA256SUMS"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # --- Configuration: a field is a flag, a row of the README's table and an entry of a checkpoint's training.json ------
@@ -139,21 +141,72 @@ def parse(settings_class, description, argv=None):
 
 
 def run(main, interrupted="interrupted"):
-    """Call main(); what a user can mend is shown as one line, without a traceback, and sets the exit code."""
+    """Call main(); what a user can mend is shown as one line, without a traceback, and sets the exit code. SIGTERM ends
+    the program like Ctrl-C, and a character that the terminal cannot show does not end it."""
+    signal.signal(signal.SIGTERM, raise_interrupt)
+    for stream in (sys.stdin, sys.stdout):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
         return main()
     except InputError as error:
         message, code = str(error), 2
+    except UnicodeError as error:  # bytes in a file or in the command line that are no text
+        message, code = f"not a text in UTF-8: {error}", 2
     except (MemoryError, RuntimeError) as error:  # on a CPU and with MPS, running out of memory is a RuntimeError
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
         message, code = "out of memory; in training, halve --batch-size and double --accum-steps: the same updates", 2
+    except BrokenPipeError:  # the reader of the output, such as head, has gone: nobody is there to be told
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as error:  # a full disk, a folder that cannot be written
         message, code = str(error), 1
-    except KeyboardInterrupt:
-        message, code = interrupted, 130
+    except KeyboardInterrupt as error:  # with the number of the signal
+        message, code = interrupted, 128 + (error.args or (signal.SIGINT,))[0]
     print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
+
+
+def raise_interrupt(number, _frame):
+    raise KeyboardInterrupt(number)
+
+
+@contextmanager
+def signals_noted():
+    """Inside, Ctrl-C and SIGTERM are noted in the list that this yields, no more; a second one ends the process."""
+
+    def note(number, _frame):
+        noted.append(number)
+        for each in before:
+            signal.signal(each, signal.SIG_DFL)
+        os.write(2, b"\nstopping after this step, to save it; once more: at once\n")
+
+    noted, before = [], {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            before[number] = signal.signal(number, note)
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def locked(*folders):
+    """Keep other runs out of folders. The system ends a lock with its process, however that ends."""
+    from filelock import FileLock, Timeout
+
+    with ExitStack() as locks:
+        for folder in {Path(folder).resolve() for folder in folders}:
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                locks.enter_context(FileLock(folder / ".lock", blocking=False))
+            except Timeout:
+                raise InputError(f"{folder}: another run is writing there; give this one other --checkpoints and "
+                                 "--plots") from None
+        yield
 
 
 # --- Data: stories, tokenizer, token ids, batches of similar length --------------------------------------------------
@@ -726,30 +779,61 @@ def gpt2_layout(model):
 
 
 def save_checkpoint(folder, model, record, sample=None, state=None):
-    """Write the model and its tokenizer as Hugging Face does, training.json, and if given sample.txt and
+    """Write the model and its tokenizer as Hugging Face does, training.json, SHA256SUMS, and if given sample.txt and
     training_state.pt. All of it beside its final name, flushed and renamed: the folder is whole or absent."""
+    temporary = folder.with_name(folder.name + ".tmp")
+    try:
+        write_checkpoint(temporary, model, record, sample, state)
+        publish(temporary, folder)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)  # which may be what filled the disk
+        raise OSError(f"{folder} cannot be saved, what was saved before is kept: {error}") from error
+
+
+def write_checkpoint(folder, model, record, sample, state):
     from safetensors import SafetensorError
     from safetensors.torch import save_file
     from transformers import GenerationConfig
 
-    temporary = folder.with_name(folder.name + ".tmp")
-    temporary.mkdir(parents=True)
+    folder.mkdir(parents=True)
     eos = model.tokenizer.eos_token_id
-    model.config.save_pretrained(temporary)
-    GenerationConfig(bos_token_id=eos, eos_token_id=eos, pad_token_id=eos).save_pretrained(temporary)
-    model.tokenizer.save_pretrained(temporary)
+    model.config.save_pretrained(folder)
+    GenerationConfig(bos_token_id=eos, eos_token_id=eos, pad_token_id=eos).save_pretrained(folder)
+    model.tokenizer.save_pretrained(folder)
     weights = {name: weight.contiguous() for name, weight in gpt2_layout(model).items()}
-    (temporary / "training.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+    (folder / "training.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
     if sample:
-        (temporary / "sample.txt").write_text(sample + "\n", encoding="utf-8")
+        (folder / "sample.txt").write_text(sample + "\n", encoding="utf-8")
     try:
-        save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
-        shutil.copymode(temporary / "config.json", temporary / "model.safetensors")  # only its owner could read it
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        shutil.copymode(folder / "config.json", folder / "model.safetensors")  # only its owner could read it
         if state:
-            torch.save(state, temporary / "training_state.pt")
+            torch.save(state, folder / "training_state.pt")
     except (SafetensorError, RuntimeError) as error:  # what a full disk is to these two
-        raise OSError(f"{folder} cannot be saved, what was saved before is kept: {error}") from error
-    publish(temporary, folder)
+        raise OSError(error) from error
+    (folder / SUMS).write_text("".join(line + "\n" for line in checksums(folder)), encoding="utf-8")
+
+
+def checksums(folder):
+    """The lines that sha256sum prints for the files of a folder."""
+    lines = []
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.name != SUMS:
+            digest = sha256()
+            with open(path, "rb") as file:
+                while part := file.read(1 << 20):
+                    digest.update(part)
+            lines.append(f"{digest.hexdigest()}  {path.name}")
+    return lines
+
+
+def verify(folder):
+    """Raise InputError where a file of a checkpoint is not the one that was saved. Those of others list no checksums."""
+    if (folder / SUMS).is_file():
+        saved = (folder / SUMS).read_text(encoding="utf-8", errors="replace").splitlines()
+        if changed := set(saved) - set(checksums(folder)):
+            raise InputError(f"{folder} is not as it was saved: {min(line[66:] for line in changed)} differs; if you "
+                             f"changed that on purpose, delete {SUMS} there")
 
 
 def publish(temporary, folder):
@@ -772,14 +856,6 @@ def flush(path):
         os.close(descriptor)
 
 
-def replace_text(path, text):
-    """Write a small file, whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    flush(temporary)
-    os.replace(temporary, path)
-
-
 def load_checkpoint(folder, device="cpu"):
     """The model in a checkpoint folder with its tokenizer, in eval mode. Raises InputError for anything unusable."""
     from safetensors.torch import load_file
@@ -788,12 +864,17 @@ def load_checkpoint(folder, device="cpu"):
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder}: no checkpoint, which is a folder with a config.json, as checkpoints/epoch_1")
+    verify(folder)
     try:
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if (values["model_type"], values["activation_function"]) != ("gpt2", "gelu_new"):
             raise ValueError(f"a {values['model_type']} model with {values['activation_function']}, not a GPT-2")
-        model = GPT(GPT2Config(**values), open_tokenizer(str(folder), local_files_only=True))
         weights = load_file(folder / "model.safetensors")
+        n_layer = sum(name.endswith(".ln_1.weight") for name in weights)
+        if values["n_layer"] != n_layer:
+            raise ValueError(f"{n_layer} layers of weights, {values['n_layer']} by config.json")
+        with torch.device("meta"):  # no memory before the sizes are known to be those of the weights
+            model = GPT(GPT2Config(**values), open_tokenizer(str(folder), local_files_only=True))
     except Exception as error:  # each kind of broken file raises another exception; the message names the cause
         raise InputError(f"{folder}: cannot be read: {type(error).__name__}: {error}") from error
     n_known, layout = len(model.tokenizer), gpt2_layout(model)
@@ -806,8 +887,11 @@ def load_checkpoint(folder, device="cpu"):
             raise InputError(f"{folder}: {name} is {tuple(weight.shape)}, by config.json {tuple(layout[name].shape)}")
         if not weight.isfinite().all():
             raise InputError(f"{folder}: {name} holds numbers that are not finite")
-        layout[name].copy_(weight)
-    return model.to(device).eval()
+    model.to_empty(device=device)
+    nn.init.zeros_(model.lm_head.weight)  # no file has its rows beyond the vocabulary
+    for name, weight in gpt2_layout(model).items():
+        weight.copy_(weights[name])
+    return model.eval()
 
 
 # --- Plots -----------------------------------------------------------------------------------------------------------
@@ -816,13 +900,14 @@ def load_checkpoint(folder, device="cpu"):
 def write_plots(folder, record):
     """training_metrics.csv and .png in folder: loss, accuracy and test perplexity, from the record of a run."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "training_metrics.csv", "w", newline="", encoding="utf-8") as file:
+    with open(folder / "training_metrics.csv.tmp", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, record["epochs"][0])
         writer.writeheader()
         writer.writerows([{"step": step, "train_loss": loss} for step, loss in record["curve"]] + record["epochs"])
     figure = draw_metrics(record)
     figure.savefig(folder / "training_metrics.png.tmp", format="png", dpi=120)
-    os.replace(folder / "training_metrics.png.tmp", folder / "training_metrics.png")
+    for name in ("training_metrics.csv", "training_metrics.png"):
+        os.replace(folder / f"{name}.tmp", folder / name)
 
 
 def draw_metrics(record):
@@ -870,6 +955,23 @@ def backward(model, window, score=score, autocast=None, scaler=None):
     return loss_sum, right_sum, n_tokens
 
 
+def update(model, window, optimizer, grad_clip, scaler, score, autocast):
+    """Update the weights from a window of batches, but not where the loss or its gradient is not finite. Returns
+    (summed loss, right guesses, whether it is not finite, number of tokens), all but the last on the device."""
+    loss, right, n_tokens = backward(model, window, score, autocast, scaler)
+    scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    # The scaler skips an overflow of the gradient by itself; without it AdamW skips the update where found_inf is 1,
+    # and nobody waits to see what it is. (MPS ignores it: there drain stops before the next save.)
+    bad = ~torch.isfinite(loss if scaler.is_enabled() else norm)
+    if not scaler.is_enabled():
+        optimizer.found_inf = bad.float()
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    return loss, right, bad, n_tokens
+
+
 def keep_freed_memory():
     """Have glibc keep the memory of freed tensors, in this process from now on; return it, or None for another library.
     By itself it gives large blocks back to Linux and gets them again page by page, filled with zeros."""
@@ -895,15 +997,16 @@ def compile_score(model, batch, autocast):
     return compiled
 
 
-def drain(pending, progress, record):
+def drain(pending, progress, record, scaler):
     """Add the latest steps, (loss, right, bad, tokens) each, to progress and curve, one by one: it does not matter how
     many come at once. Only here the steps wait for the device. Returns the loss a token of the last step."""
     sums = torch.stack([torch.stack([value.float() for value in step[:3]]) for step in pending]).tolist()
+    always_too_large = scaler.is_enabled() and scaler.get_scale() < 1  # the gradient, for fp16
     first = progress["step"] - len(pending) + 1
     for step, ((loss, right, bad), (*_, n_tokens)) in enumerate(zip(sums, pending, strict=True), first):
-        if bad:
-            raise InputError(f"step {step}: the loss or its gradient is not finite, the run stops; what is saved is "
-                             "good. Try a smaller --learning-rate, or --precision fp32")
+        if bad or always_too_large:
+            raise InputError(f"step {step}: the loss or its gradient is not finite, the run stops; "
+                             f"{last_save(record)}. Try a smaller --learning-rate, or --precision fp32")
         for name, value in (("loss", loss), ("right", right), ("tokens", n_tokens)):
             progress[name] += value
         progress["point"] = [progress["point"][0] + loss, progress["point"][1] + n_tokens]
@@ -914,23 +1017,37 @@ def drain(pending, progress, record):
     return loss / n_tokens
 
 
+def last_save(record):
+    step = record["step"]
+    return f"{record['settings']['checkpoints']}/last is good, of step {step}" if step else "nothing was saved before"
+
+
 def save_last(folder, model, record, progress, optimizer, scaler):
-    """Save the point from which an interrupted run continues."""
+    """Save the point from which an interrupted run continues; where that fails, the weights alone, a third as large."""
     state = {"progress": progress, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-    save_checkpoint(folder / "last", model, record, state=state)
+    try:
+        save_checkpoint(folder / "last", model, record | {"step": progress["step"]}, state=state)
+        record["step"] = progress["step"]
+    except OSError as error:
+        save_checkpoint(folder / "rescued", model, record)
+        raise OSError(f"{error}; {last_save(record)}; the weights of step {progress['step']} are in "
+                      f"{folder / 'rescued'}") from error
 
 
 def restore_last(folder, optimizer, scaler):
     """Load what save_last saved, but for the weights; returns the progress, at step 0 where nothing was saved."""
     path = folder / "last" / "training_state.pt"
-    progress = {"step": 0, "point": [0.0, 0]}
+    progress = {"step": 0, "point": [0.0, 0], "loss": 0.0, "right": 0, "tokens": 0, "seconds": 0.0}
     if path.parent.exists():
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
+            progress = {name: type(first)(state["progress"][name]) for name, first in progress.items()}
             optimizer.load_state_dict(state["optimizer"])
+            for weight, moments in optimizer.state.items():
+                if not weight.shape == moments["exp_avg"].shape == moments["exp_avg_sq"].shape:
+                    raise ValueError("the optimizer's state is of other weights")
             if state["scaler"]:
                 scaler.load_state_dict(state["scaler"])
-            progress = state["progress"]
         except Exception as error:  # each kind of broken file raises another exception; the message names the cause
             raise InputError(f"{path}: cannot be read, --overwrite starts over: {error}") from error
     return progress
@@ -964,43 +1081,46 @@ def train(model, train_set, test_set, settings, record, precision):
         bar = tqdm(desc=f"epoch {epoch}/{settings.epochs}", initial=progress["step"] - start, total=stop - start,
                    bar_format="{desc} {percentage:3.0f}%|{bar}| {n}/{total} [{elapsed}{postfix}]", leave=False,
                    dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 60)
-        while window := list(islice(loader, accum_steps)):
-            torch.manual_seed(settings.seed * 1_000_003 + progress["step"])  # dropout depends on the step alone
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate_at(progress["step"], n_steps, settings)
-            loss, right, n_tokens = backward(model, window, scorer, autocast, scaler)
-            scaler.unscale_(optimizer)
-            norm = nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
-            # The scaler skips an overflow of the gradient by itself; without it AdamW skips the update where found_inf
-            # is 1, and nobody waits to see what it is. (MPS ignores it: there drain stops before the next save.)
-            bad = ~torch.isfinite(loss if scaler.is_enabled() else norm)
-            if not scaler.is_enabled():
-                optimizer.found_inf = bad.float()
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-            progress["step"] += 1
-            if libc and progress["step"] % 8 == 0:
-                libc.malloc_trim(0)  # batches of many sizes leave holes in the heap: without this it grows and grows
-            pending.append((loss, right, bad, n_tokens))
-            bar.update()
-            save_now = time.monotonic() - saved_at > 60 * settings.save_every
-            if progress["step"] % record["steps_per_point"] == 0 or progress["step"] == stop or save_now:
-                loss = drain(pending, progress, record)
-                progress["seconds"], drained_at = progress["seconds"] + time.monotonic() - drained_at, time.monotonic()
-                left = (n_steps - progress["step"]) * bar.format_dict["elapsed"] / (bar.n - bar.initial)
-                speed = f"{progress['tokens'] / progress['seconds']:,.0f} tokens/s"
-                bar.set_postfix_str(f"run {bar.format_interval(left)} left, loss {loss:.3f}, {speed}", refresh=False)
-                whole = left * n_steps / max(1, n_steps - progress["step"])
-                noted = noted or (bar.n - bar.initial >= 5 and note_if_long(whole, settings))
-            if save_now:
-                save_last(folder, model, record, progress, optimizer, scaler)
-                saved_at = time.monotonic()
-        bar.close()
-        save_last(folder, model, record, progress, optimizer, scaler)
-        saved_at = time.monotonic()
+        with signals_noted() as signals:
+            while window := list(islice(loader, accum_steps)):
+                torch.manual_seed(settings.seed * 1_000_003 + progress["step"])  # dropout depends on the step alone
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate_at(progress["step"], n_steps, settings)
+                pending.append(update(model, window, optimizer, settings.grad_clip, scaler, scorer, autocast))
+                progress["step"] += 1
+                if libc and progress["step"] % 8 == 0:
+                    libc.malloc_trim(0)  # batches of many sizes leave holes in the heap: without this it grows
+                bar.update()
+                stopping, save_now = bool(signals), time.monotonic() - saved_at > 60 * settings.save_every
+                at_point = progress["step"] % record["steps_per_point"] == 0
+                if at_point or progress["step"] == stop or save_now or stopping:
+                    loss = drain(pending, progress, record, scaler)
+                    progress["seconds"] += time.monotonic() - drained_at
+                    drained_at = time.monotonic()
+                    whole = show_progress(bar, loss, progress, n_steps)
+                    noted = noted or (bar.n - bar.initial >= 5 and note_if_long(whole, settings))
+                if stopping:
+                    break
+                if save_now:
+                    save_last(folder, model, record, progress, optimizer, scaler)
+                    saved_at = time.monotonic()
+            bar.close()
+            save_last(folder, model, record, progress, optimizer, scaler)
+            saved_at = time.monotonic()
+        if signals:
+            print(f"saved, after step {progress['step']:,} of {n_steps:,}", flush=True)
+            raise_interrupt(signals[0], None)
         test_loss, test_accuracy = evaluate(model, test_loader)  # in fp32, like generate_text and compute_perplexity
         finish_epoch(model, epoch, test_loss, test_accuracy, settings, record, progress)
+
+
+def show_progress(bar, loss, progress, n_steps):
+    """Add to the bar how long the run will take, the loss and the speed. Returns the seconds of a whole run."""
+    seconds = bar.format_dict["elapsed"] / (bar.n - bar.initial)  # of a step
+    left = bar.format_interval(seconds * (n_steps - progress["step"]))
+    speed = f"{progress['tokens'] / progress['seconds']:,.0f} tokens/s"
+    bar.set_postfix_str(f"run {left} left, loss {loss:.3f}, {speed}", refresh=False)
+    return seconds * n_steps
 
 
 def note_if_long(seconds, settings):
@@ -1025,33 +1145,45 @@ def finish_epoch(model, epoch, test_loss, test_accuracy, settings, record, progr
           .format(settings.epochs, **figures))
     folder = Path(settings.checkpoints) / f"epoch_{epoch}"
     sample = generate_text(model, settings.prompt, max_length=200)
-    save_checkpoint(folder, model, record, sample)
-    print(f"saved {folder}, which begins a story like this:\n\n{sample}\n", flush=True)
     write_plots(Path(settings.plots), record)
-    replace_text(folder.with_name("last") / "training.json", json.dumps(record, indent=1))  # now the epoch is done
+    save_checkpoint(folder, model, record, sample)  # the last of all: that it is there says that the epoch is done
+    print(f"saved {folder}, which begins a story like this:\n\n{sample}\n", flush=True)
 
 
 # --- Main ------------------------------------------------------------------------------------------------------------
 
 
 def previous_run(settings):
-    """training.json of the run in the checkpoints folder, or None. Raises InputError for a run with other settings."""
+    """training.json of the run in the checkpoints folder, or None. Raises InputError for a run with other settings.
+    Removes what a killed process left half done there."""
     folder = Path(settings.checkpoints)
     if (folder / "last.old").exists() and not (folder / "last").exists():  # killed between the two renames of a save
         (folder / "last.old").rename(folder / "last")
     for leftover in saved_folders(folder, r"(epoch_\d+|last)\.(tmp|old)"):
         shutil.rmtree(leftover)
+    for leftover in saved_folders(folder / "data", r"tmp\w+"):
+        leftover.unlink()
     if settings.overwrite or not saved_folders(folder):
         return None
     try:
-        record = json.loads((folder / "last" / "training.json").read_text(encoding="utf-8"))
+        record = read_record(folder / "last")
+        newer = folder / f"epoch_{len(record['epochs']) + 1}"
+        if newer.exists() and read_record(newer)["step"] == record["step"]:
+            record = read_record(newer)  # last was saved before that epoch was evaluated
         before, _ = record["settings"], record["data"]["source"]
         finished = record["epochs"] and record["epochs"][-1]["step"] == record["steps"]
+    except InputError:
+        raise
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise InputError(f"{folder} holds a run that cannot go on ({error!r}), --overwrite starts over") from error
     fixed = {f.name: getattr(settings, f.name) for f in fields(settings) if not f.metadata["free"]}
     refuse_changes(folder, before, fixed)
     return record | {"finished": finished}
+
+
+def read_record(folder):
+    verify(folder)
+    return json.loads((folder / "training.json").read_text(encoding="utf-8"))
 
 
 def saved_folders(folder, pattern=r"epoch_\d+|last"):
@@ -1069,46 +1201,49 @@ def main(argv=None):
     settings = parse(Settings, __doc__, argv)
     device = pick_device(settings.device)
     precision = pick_precision(settings.precision, device)
-    folder, before = Path(settings.checkpoints), previous_run(settings)
-    if before and before["finished"]:
-        newest = folder / f"epoch_{len(before['epochs'])}"
-        print(f"{folder} holds this run, and it is finished; next: python gpt2_generate.py --model {newest}")
-        return
+    with locked(settings.checkpoints, settings.plots):
+        folder, before = Path(settings.checkpoints), previous_run(settings)
+        if before and before["finished"]:
+            newest = folder / f"epoch_{len(before['epochs'])}"
+            print(f"{folder} holds this run, and it is finished; next: python gpt2_generate.py --model {newest}")
+            return
 
-    train_set, test_set, tokenizer, data = prepare_stories(settings, before)
-    torch.manual_seed(settings.seed)
-    if before:
-        refuse_changes(folder, before["data"], data)
-        model = load_checkpoint(folder / "last", device)
-        print("continuing the interrupted run from its last save")
-    else:
-        model = GPT(model_config(settings, tokenizer), tokenizer).to(device)
-    encode_prompt(model, settings.prompt)  # better refused now than after an epoch
-    if settings.overwrite:
-        for stale in saved_folders(folder):
-            shutil.rmtree(stale)
-    record = new_record(settings, data, model) | {name: before[name] for name in ("epochs", "curve") if before}
-    print(f"model      {record['parameters'] / 1e6:.1f} M parameters, on {device} in {precision}\ntraining   "
-          f"{record['steps']:,} steps of {settings.batch_size} x {settings.accum_steps} stories", flush=True)
-    train(model, train_set, test_set, settings, record, precision)
-    newest = folder / f"epoch_{len(record['epochs'])}"
-    print(f"test perplexity {record['epochs'][-1]['test_perplexity']:.2f}; the model is in {newest}, the plots are in "
-          f"{settings.plots}\nnext: python gpt2_generate.py --model {newest}")
+        train_set, test_set, tokenizer, data = prepare_stories(settings, before)
+        torch.manual_seed(settings.seed)
+        if before:
+            refuse_changes(folder, before["data"], data)
+            model = load_checkpoint(folder / "last", device)
+            print(f"continuing the interrupted run from its last save, after step {before['step']:,}")
+        else:
+            model = GPT(model_config(settings, tokenizer), tokenizer).to(device)
+        encode_prompt(model, settings.prompt)  # better refused now than after an epoch
+        if settings.overwrite:
+            for stale in saved_folders(folder):
+                shutil.rmtree(stale)
+        record = new_record(settings, data, model)
+        record |= {name: before[name] for name in ("step", "epochs", "curve") if before}
+        print(f"model      {record['parameters'] / 1e6:.1f} M parameters, on {device} in {precision}\ntraining   "
+              f"{record['steps']:,} steps of {settings.batch_size} x {settings.accum_steps} stories", flush=True)
+        train(model, train_set, test_set, settings, record, precision)
+        newest = folder / f"epoch_{len(record['epochs'])}"
+        print(f"test perplexity {record['epochs'][-1]['test_perplexity']:.2f}; the model is in {newest}, the plots are "
+              f"in {settings.plots}\nnext: python gpt2_generate.py --model {newest}")
 
 
 def new_record(settings, data, model):
     """What training.json holds, before the first step."""
     import datasets
+    import matplotlib
     import transformers
 
     per_epoch = math.ceil(math.ceil(data["train_stories"] / settings.batch_size) / settings.accum_steps)
     steps = min(settings.max_steps or math.inf, settings.epochs * per_epoch)
     per_point = min(per_epoch, math.ceil(steps / 1000))
-    versions = {module.__name__: module.__version__ for module in (torch, transformers, datasets)}
+    versions = {module.__name__: module.__version__ for module in (torch, transformers, datasets, matplotlib)}
     parameters = sum(weight.numel() for weight in gpt2_layout(model).values())
     return {"settings": asdict(settings), "data": data, "parameters": parameters,
             "steps": steps, "steps_per_epoch": per_epoch, "steps_per_point": per_point,
-            "epochs": [], "curve": [], "versions": {"python": platform.python_version(), **versions}}
+            "step": 0, "epochs": [], "curve": [], "versions": {"python": platform.python_version(), **versions}}
 
 
 def model_config(settings, tokenizer):
