@@ -648,6 +648,7 @@ def make_greedy(model):
 
 def encode_prompt(model, prompt):
     require(prompt.strip(), "prompt", repr(prompt), "must not be empty")
+    require(not re.search("[\ud800-\udfff]", prompt), "prompt", repr(prompt), "has bytes that are no UTF-8")
     ids, n_positions = encode(model.tokenizer, prompt), model.config.n_positions
     require(len(ids) <= n_positions, "prompt", repr(prompt[:30] + "…"), f"has {len(ids)} tokens, {n_positions} fit")
     return ids
@@ -828,7 +829,7 @@ def checksums(folder):
 
 
 def verify(folder):
-    """Raise InputError where a file of a checkpoint is not the one that was saved. Those of others list no checksums."""
+    """Raise InputError where a file of a checkpoint is not the one that was saved. Other people's list no checksums."""
     if (folder / SUMS).is_file():
         saved = (folder / SUMS).read_text(encoding="utf-8", errors="replace").splitlines()
         if changed := set(saved) - set(checksums(folder)):
@@ -1088,7 +1089,7 @@ def train(model, train_set, test_set, settings, record, precision):
                     group["lr"] = learning_rate_at(progress["step"], n_steps, settings)
                 pending.append(update(model, window, optimizer, settings.grad_clip, scaler, scorer, autocast))
                 progress["step"] += 1
-                if libc and progress["step"] % 8 == 0:
+                if libc and progress["step"] % 4 == 0:
                     libc.malloc_trim(0)  # batches of many sizes leave holes in the heap: without this it grows
                 bar.update()
                 stopping, save_now = bool(signals), time.monotonic() - saved_at > 60 * settings.save_every
@@ -1170,7 +1171,7 @@ def previous_run(settings):
         newer = folder / f"epoch_{len(record['epochs']) + 1}"
         if newer.exists() and read_record(newer)["step"] == record["step"]:
             record = read_record(newer)  # last was saved before that epoch was evaluated
-        before, _ = record["settings"], record["data"]["source"]
+        before, _, _ = record["settings"], record["data"]["source"], record["step"]
         finished = record["epochs"] and record["epochs"][-1]["step"] == record["steps"]
     except InputError:
         raise

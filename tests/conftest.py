@@ -1,7 +1,9 @@
 """Shared pieces of the tests: no network, nothing outside pytest's temporary folders."""
 
+import json
 import os
 import tempfile
+from pathlib import Path
 
 # Before anything of Hugging Face is imported: an empty cache and no network.
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="gpt2-tinystories-tests-")
@@ -86,3 +88,34 @@ def refused(capsys):
         return line
 
     return check
+
+
+def train(arguments="", base=TINY):
+    project.main(f"{base} {arguments}".split())
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """The folder of a finished tiny run, made once for the tests that only look at it."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        train()
+    return folder
+
+
+def read_run(folder="checkpoints", epoch=2):
+    """(model, record) of an epoch."""
+    record = json.loads(Path(folder, f"epoch_{epoch}", "training.json").read_text())
+    return project.load_checkpoint(Path(folder, f"epoch_{epoch}")), record
+
+
+def same_runs(one, two, epoch=2):
+    """The runs in two folders have the same weights, bit for bit, and the same figures but for the time it took."""
+    (model, record), (unbroken_model, unbroken) = (read_run(folder / "checkpoints", epoch) for folder in (one, two))
+    weights = unbroken_model.state_dict()
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, weights[name]), name
+    assert record["curve"] == unbroken["curve"]
+    for figures, unbroken_figures in zip(record["epochs"], unbroken["epochs"], strict=True):
+        assert figures | {"seconds": 0} == unbroken_figures | {"seconds": 0}

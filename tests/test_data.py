@@ -4,8 +4,12 @@ import socket
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import gpt2_tinystories as project
 from sample_stories import sample_stories
@@ -268,3 +272,80 @@ def test_a_hub_that_does_not_answer_is_noticed(endpoint, monkeypatch):
         project.hub_answers.cache_clear()
         assert project.hub_answers() is False
         project.hub_answers.cache_clear()
+
+
+# --- Properties, for whatever hypothesis thinks of
+
+PROPERTY = settings(deadline=None, derandomize=True, database=None)
+
+
+@given(
+    st.lists(st.integers(1, 300), min_size=1, max_size=400), st.integers(1, 20), st.integers(0, 99), st.integers(0, 9)
+)
+@PROPERTY
+def test_any_epoch_holds_every_story_once_in_batches_of_the_size(lengths, batch_size, seed, epoch):
+    batches = project.epoch_batches(np.array(lengths), batch_size, seed, epoch)
+    assert sorted(np.concatenate(batches).tolist()) == list(range(len(lengths)))
+    assert sorted(map(len, batches))[1:] == [batch_size] * (len(batches) - 1)
+
+
+TEXTS = st.one_of(st.none(), st.text(max_size=8), st.sampled_from(["a", "b", " a", "<|endoftext|>", "\0"]))
+
+
+@given(st.lists(TEXTS, max_size=40), st.floats(0.01, 1), st.floats(0.01, 0.99), st.integers(0, 9))
+@PROPERTY
+def test_any_stories_are_split_without_loss_or_overlap(texts, fraction, test_fraction, seed):
+    stories = datasets.Dataset.from_dict(
+        {"text": texts}, features=datasets.Features({"text": datasets.Value("string")})
+    )
+    chosen = project.Settings(fraction=fraction, test_fraction=test_fraction, seed=seed)
+    different = {text.strip() for text in texts if text and text.strip()}
+    try:
+        train, test, counts = project.split_stories(stories, chosen)
+    except project.InputError:
+        assert fraction < 1 or len(different) < 2 or round(test_fraction * len(different)) == len(different)
+        return
+    kept = [text.strip() for text in [*train["text"], *test["text"]]]
+    assert len(kept) == len(set(kept)) and different >= set(kept) and len(train) and len(test)
+    assert len(kept) + counts["empty"] + counts["duplicates"] == max(1, round(fraction * len(texts)))
+    if fraction == 1:
+        assert set(kept) == different
+
+
+@given(
+    st.text(max_size=200) | st.lists(st.sampled_from(["<|endoftext|>", "\0", "é", "👩‍👩‍👧", "\n", " a"])).map("".join)
+)
+@PROPERTY
+def test_any_text_comes_back_from_its_tokens(tokenizer, text):
+    ids = project.encode(tokenizer, text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.eos_token_id not in ids and all(0 <= i < len(tokenizer) for i in ids)
+
+
+def test_a_run_on_hostile_stories(workspace):
+    """Not one of them may stop the run or end a story before its end."""
+    odd = [
+        "a\0b",
+        "x" * 1_000_000,
+        "\u202egnirts",
+        "<|endoftext|> in <|endoftext|> the middle",
+        " \t\n",
+        None,
+        "\U0010ffff",
+    ]
+    stories = [*odd, *STORIES * 3, *(f"{i} {'🦊' * i}" for i in range(30))]
+    datasets.Dataset.from_dict({"text": stories}).to_parquet("odd.parquet")
+    sizes = "--n-positions 64 --n-embd 32 --n-head 2 --n-inner 64"
+    project.main(f"--data odd.parquet --fraction 1 --tokenizer bpe:300 --epochs 1 {sizes}".split())
+    arrow = next((workspace / "checkpoints" / "data").glob("train-*.arrow"))
+    eos = project.load_checkpoint("checkpoints/epoch_1").tokenizer.eos_token_id
+    for ids in datasets.Dataset.from_file(str(arrow))["ids"]:
+        assert eos not in ids[:-1]
+
+
+def test_bytes_that_are_no_text_are_refused_in_one_line(workspace, refused):
+    column = pa.array([b"good story", b"bad \xff story"] * 9, pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"text": column}), "bytes.parquet")
+    assert refused(project.main, "--data bytes.parquet --fraction 1 --tokenizer bpe:300")
+    (workspace / "surrogates.jsonl").write_text('{"text": "\\ud800 story"}\n' * 9)
+    assert refused(project.main, "--data surrogates.jsonl --fraction 1 --tokenizer bpe:300")

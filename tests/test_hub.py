@@ -27,6 +27,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
     """As much of the Hugging Face Hub as `datasets` asks for to load one Parquet file."""
 
     content = b""
+    stuck = None  # an Event: set when half of the file is sent, and no more comes then
 
     def do_HEAD(self):
         self.answer(head=True)
@@ -61,7 +62,12 @@ class Hub(http.server.BaseHTTPRequestHandler):
         for name, value in {"Content-Length": str(len(body)), "Content-Type": "application/json", **headers}.items():
             self.send_header(name, value)
         self.end_headers()
-        if not head:
+        if not head and body == self.content and self.stuck and not self.stuck.is_set():
+            self.wfile.write(body[: len(body) // 2])
+            self.wfile.flush()
+            self.stuck.set()
+            self.rfile.read()  # until the other side is gone
+        elif not head:
             self.wfile.write(body)
 
     def log_message(self, *_):
@@ -75,15 +81,23 @@ def hub():
     handler = type("FilledHub", (Hub,), {"content": parquet.getvalue()})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
+    server.endpoint, server.handler = f"http://127.0.0.1:{server.server_port}", handler
+    yield server
     server.shutdown()
 
 
 def train(folder, endpoint, arguments=ARGUMENTS):
+    process = start(folder, endpoint, arguments)
+    output, errors = process.communicate(timeout=200)
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+
+def start(folder, endpoint, arguments=ARGUMENTS):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     environment |= {"HF_HOME": str(folder / "hf_home"), "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1"}
     command = [sys.executable, ROOT / "gpt2_tinystories.py", *arguments.split()]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=200)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=folder, env=environment, **pipes)
 
 
 def source(folder):
@@ -91,7 +105,16 @@ def source(folder):
 
 
 def test_auto_downloads_tinystories_once_and_keeps_them(hub, tmp_path):
-    done = train(tmp_path, hub)
+    """The first start is killed while it downloads, and another one seems to have been while it saved."""
+    hub.handler.stuck = threading.Event()
+    killed = start(tmp_path, hub.endpoint)
+    assert hub.handler.stuck.wait(60)
+    killed.kill()
+    killed.communicate()
+    assert not (tmp_path / "tinystories_local").exists()
+    (tmp_path / "tinystories_local.tmp").mkdir()
+    (tmp_path / "tinystories_local.tmp" / "part").write_text("half")
+    done = train(tmp_path, hub.endpoint)
     assert done.returncode == 0, done.stderr
     assert source(tmp_path) == "tinystories_local"
     assert list(datasets.load_from_disk(tmp_path / "tinystories_local")["text"]) == STORIES
@@ -103,11 +126,11 @@ def test_auto_downloads_tinystories_once_and_keeps_them(hub, tmp_path):
 
 
 def test_any_dataset_of_the_hub_can_be_named(hub, tmp_path):
-    assert train(tmp_path, hub, f"{ARGUMENTS} --data {REPO}").returncode == 0
+    assert train(tmp_path, hub.endpoint, f"{ARGUMENTS} --data {REPO}").returncode == 0
     assert source(tmp_path) == REPO
     (tmp_path / "gone").mkdir()
     os.rename(tmp_path / "hf_home", tmp_path / "gone" / "hf_home")
-    missing = train(tmp_path, hub, f"{ARGUMENTS} --data somebody/nothing")
+    missing = train(tmp_path, hub.endpoint, f"{ARGUMENTS} --data somebody/nothing")
     assert missing.returncode == 2 and missing.stderr.count("\n") == 1 and "somebody/nothing" in missing.stderr
     cached = train(tmp_path / "gone", "http://127.0.0.1:9", f"{ARGUMENTS} --data {REPO}")
     assert cached.returncode == 0, cached.stderr

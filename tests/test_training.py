@@ -1,15 +1,18 @@
 """Training: gradients against a big batch, perplexity against transformers, whole runs, continued runs."""
 
+import contextlib
 import json
 import math
 import re
 import shutil
+import tempfile
 
 import datasets
-import numpy as np
 import pytest
 import torch
-from conftest import TINY, make_config
+from conftest import TINY, make_config, read_run, same_runs, train
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import gpt2_tinystories as project
@@ -193,35 +196,19 @@ def test_only_matrices_are_decayed(model):
 # --- Whole runs
 
 
-def train(arguments="", base=TINY):
-    project.main(f"{base} {arguments}".split())
-
-
-def read_run(folder="checkpoints", epoch=2):
-    record = json.loads(project.Path(folder, f"epoch_{epoch}", "training.json").read_text())
-    return project.load_checkpoint(project.Path(folder, f"epoch_{epoch}")), record
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """The folder of a finished tiny run, made once for the tests that only look at it."""
-    folder = tmp_path_factory.mktemp("finished")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        train()
-    return folder
-
-
 def test_a_run_leaves_what_the_readme_says(finished):
-    assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == ["data", "epoch_1", "epoch_2", "last"]
+    names = sorted(path.name for path in (finished / "checkpoints").iterdir())
+    assert names == [".lock", "data", "epoch_1", "epoch_2", "last"]
     standard = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    standard |= {"SHA256SUMS"}
     for epoch in (1, 2):
         folder = finished / "checkpoints" / f"epoch_{epoch}"
         assert {path.name for path in folder.iterdir()} == standard | {"training.json", "sample.txt"}
         assert (folder / "sample.txt").read_text().startswith("Once upon a time, in a small village")
     last = {path.name for path in (finished / "checkpoints" / "last").iterdir()}
     assert last == standard | {"training.json", "training_state.pt"}
-    assert {path.name for path in (finished / "plots").iterdir()} == {"training_metrics.png", "training_metrics.csv"}
+    plots = {path.name for path in (finished / "plots").iterdir()}
+    assert plots == {".lock", "training_metrics.png", "training_metrics.csv"}
     assert (finished / "plots" / "training_metrics.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
@@ -284,39 +271,27 @@ def test_dropout_is_on_again_after_a_sample(workspace, monkeypatch):
 
 def test_the_same_command_twice_gives_the_same_weights(finished, workspace):
     train()
-    for name, one, two in zip_weights(finished, workspace):
-        assert torch.equal(one, two), name
+    same_runs(workspace, finished)
 
 
-def zip_weights(one, two):
-    from safetensors.torch import load_file
+@given(stops=st.lists(st.integers(1, 9), min_size=1, max_size=4, unique=True).map(sorted))
+@settings(max_examples=6, deadline=None, derandomize=True, database=None)
+def test_a_continued_run_ends_like_an_unbroken_one(stops, finished):
+    """Stopped after these of its 10 steps, in the middle of an epoch or at its end, with a save after every step."""
+    drain = project.drain
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        patch.chdir(folder)
+        for stop_after in [*stops, 10]:
 
-    first, second = (load_file(folder / "checkpoints" / "epoch_2" / "model.safetensors") for folder in (one, two))
-    assert first.keys() == second.keys()
-    return [(name, first[name], second[name]) for name in first]
+            def stopping(pending, progress, *rest, stop_after=stop_after):
+                if progress["step"] > stop_after:
+                    raise KeyboardInterrupt
+                return drain(pending, progress, *rest)
 
-
-@pytest.mark.parametrize("stop_after", [1, 3, 5, 8])
-def test_a_continued_run_ends_like_an_unbroken_one(stop_after, finished, workspace, monkeypatch, capsys):
-    """Stopped after so many steps, in the middle of an epoch or at its end, with a save after every step."""
-    drain, arguments = project.drain, "--save-every 0"
-
-    def stopping(pending, progress, record):
-        if progress["step"] > stop_after:
-            raise KeyboardInterrupt
-        return drain(pending, progress, record)
-
-    monkeypatch.setattr(project, "drain", stopping)
-    with pytest.raises(KeyboardInterrupt):
-        train(arguments)
-    monkeypatch.setattr(project, "drain", drain)
-    train(arguments)
-    for name, one, two in zip_weights(finished, workspace):
-        assert torch.equal(one, two), name
-    (_, record), (_, unbroken) = read_run(), read_run(finished / "checkpoints")
-    for one, two in zip(record["epochs"], unbroken["epochs"], strict=True):
-        assert {**one, "seconds": 0} == pytest.approx({**two, "seconds": 0})
-    assert np.allclose(record["curve"], unbroken["curve"])
+            patch.setattr(project, "drain", stopping)
+            with contextlib.suppress(KeyboardInterrupt):
+                train("--save-every 0")
+        same_runs(project.Path(folder), finished)
 
 
 @pytest.mark.parametrize("broken", ["evaluate", "generate_text", "write_plots"])
@@ -329,9 +304,7 @@ def test_what_fails_after_an_epoch_loses_nothing(broken, finished, workspace, mo
         with pytest.raises(ZeroDivisionError):
             train()
     train()
-    for name, one, two in zip_weights(finished, workspace):
-        assert torch.equal(one, two), name
-    assert len(read_run()[1]["epochs"]) == 2
+    same_runs(workspace, finished)
 
 
 def test_a_save_that_is_cut_short_leaves_the_checkpoint_before_it(workspace, model, monkeypatch, tokenizer):
@@ -431,8 +404,7 @@ def test_a_compiler_that_fails_is_reported_and_the_run_goes_on(finished, workspa
     monkeypatch.setattr("torch.compile", broken)
     train("--compile on")
     assert capsys.readouterr().out.count("compile    off: RuntimeError: no working compiler") == 1
-    for name, one, two in zip_weights(finished, workspace):
-        assert torch.equal(one, two), name
+    same_runs(workspace, finished)
 
 
 def test_a_long_run_is_announced_with_a_shorter_command(capsys, monkeypatch):

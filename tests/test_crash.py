@@ -1,0 +1,402 @@
+"""Runs in processes of their own that are killed, stopped or run into a full disk; and checkpoints that are damaged.
+
+The processes are forked from a server that has imported the slow packages once (multiprocessing's forkserver).
+"""
+
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from conftest import SIZES, read_run, same_runs, train
+
+import gpt2_generate
+import gpt2_tinystories as project
+from sample_stories import sample_stories
+
+TINY = f"--data {{}} --fraction 1 --epochs 2 --tokenizer bpe:400 {SIZES}"
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["torch", "transformers", "datasets", "matplotlib.figure", "safetensors.torch"])
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """The arguments of a tiny run on 80 stories: 10 steps in 2 epochs."""
+    folder = tmp_path_factory.mktemp("stories") / "stories"
+    datasets.Dataset.from_dict({"text": list(sample_stories(80))}).save_to_disk(folder)
+    return TINY.format(folder)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, tmp_path_factory):
+    """The folder of that run, which nothing disturbed."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        train(base=tiny)
+    return folder
+
+
+def start(folder, arguments, prepare=None, *values):
+    """Run gpt2_tinystories.py in folder, its output in output.txt; prepare(*values) is called before."""
+    process = processes.Process(target=work, args=(folder, arguments.split(), prepare, values))
+    process.start()
+    return process
+
+
+def work(folder, arguments, prepare, values):
+    os.chdir(folder)
+    output = os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.argv = ["gpt2_tinystories.py", *arguments]
+    if prepare:
+        prepare(*values)
+    project.run(project.main)
+
+
+def run(folder, arguments, prepare=None, *values):
+    """(exit code, output): minus the signal's number for a process that was killed."""
+    process = start(folder, arguments, prepare, *values)
+    process.join(120)
+    assert process.exitcode is not None, "it hangs"
+    return process.exitcode, read(folder)
+
+
+def read(folder):
+    return (folder / "output.txt").read_text() if (folder / "output.txt").exists() else ""
+
+
+def wait_for(condition):
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.01)
+
+
+def files(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.name != "output.txt"}
+
+
+# --- Killed
+
+
+def kill_at(n_operations):
+    """Have this process kill itself when it is about to open, rename or remove something for the nth time in the
+    folders of the run: steps, evaluations and all parts of a save lie between two of these."""
+    left = [n_operations]
+
+    def count(event, arguments):
+        if event in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir"):
+            path = os.path.abspath(os.fsdecode(arguments[0])) if isinstance(arguments[0], (str, bytes)) else ""
+            if path.startswith((os.path.abspath("checkpoints"), os.path.abspath("plots"))):
+                left[0] -= 1
+                if left[0] == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)
+
+
+def test_a_run_that_is_killed_again_and_again_ends_like_an_unbroken_one(finished, tmp_path, tiny):
+    rng, left, n_kills = random.Random(1), set(), 0
+    while (code := run(tmp_path, tiny + " --save-every 0", kill_at, rng.randrange(30, 120))[0]) == -signal.SIGKILL:
+        left |= {path.name for path in tmp_path.glob("checkpoints/*")}
+        n_kills += 1
+    assert code == 0 and n_kills >= 10
+    assert left >= {"last", "last.tmp", "epoch_1", "epoch_2.tmp"}  # they came in the middle of saves, too
+    same_runs(tmp_path, finished)
+    assert files(tmp_path) == files(finished)
+
+
+def test_a_new_run_is_killed_in_its_first_and_second_epoch(finished, tmp_path, tiny):
+    """In the tokenisation, its first save, the first epoch's checkpoint, and between the two renames of a save."""
+    for n_operations in (10, 31, 62, 105):
+        folder = tmp_path / str(n_operations)
+        folder.mkdir()
+        assert run(folder, tiny, kill_at, n_operations)[0] == -signal.SIGKILL
+        assert (n_operations == 105) == (folder / "checkpoints" / "last.old").exists()
+        assert run(folder, tiny)[0] == 0
+        same_runs(folder, finished)
+        assert files(folder) == files(finished)
+
+
+def test_the_script_itself_is_killed_and_then_stopped(finished, tmp_path, tiny):
+    command = [sys.executable, project.__file__, *tiny.split(), "--save-every", "0"]
+    for number in (signal.SIGKILL, signal.SIGINT):
+        script = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        wait_for(next_save(tmp_path / "checkpoints" / "last" / project.SUMS))
+        script.send_signal(number)
+        _, errors = script.communicate()
+        assert script.returncode == (-number if number == signal.SIGKILL else 130)
+    assert "the same command continues" in errors.splitlines()[-1] and "Traceback" not in errors
+    assert run(tmp_path, f"{tiny} --save-every 0")[0] == 0
+    same_runs(tmp_path, finished)
+
+
+def next_save(path):
+    """A function that says whether the file was written anew since this call."""
+    before = path.read_text() if path.exists() else ""
+
+    def is_new():
+        try:
+            return path.read_text() != before
+        except FileNotFoundError:  # between the two renames
+            return False
+
+    return is_new
+
+
+# --- Stopped
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_after_the_step_and_the_run_goes_on(number, finished, tmp_path, tiny):
+    arguments = tiny + " --save-every 1e6"
+    process = start(tmp_path, arguments, slow_steps)
+    wait_for(lambda: "a step begins" in read(tmp_path))
+    os.kill(process.pid, number)
+    process.join(60)
+    output = read(tmp_path)
+    assert process.exitcode == 128 + number and "Traceback" not in output
+    assert "saved, after step" in output and output.splitlines()[-1].endswith("interrupted")
+    assert (tmp_path / "checkpoints" / "last").exists() and not (tmp_path / "checkpoints" / "epoch_1").exists()
+    code, output = run(tmp_path, arguments)
+    assert code == 0 and "continuing the interrupted run" in output
+    same_runs(tmp_path, finished)
+
+
+def slow_steps():
+    """Make every step take 0.3 s, and say when it begins."""
+    backward = project.backward
+
+    def slow_backward(*arguments):
+        print("a step begins", flush=True)
+        time.sleep(0.3)
+        return backward(*arguments)
+
+    project.backward = slow_backward
+
+
+def test_a_second_signal_ends_the_process_at_once(tmp_path, tiny):
+    process = start(tmp_path, tiny, slow_saves)
+    wait_for(lambda: (tmp_path / "checkpoints" / "last.tmp").exists())
+    os.kill(process.pid, signal.SIGINT)
+    wait_for(lambda: "once more" in read(tmp_path))
+    os.kill(process.pid, signal.SIGINT)
+    process.join(5)
+    assert process.exitcode == -signal.SIGINT
+    assert not (tmp_path / "checkpoints" / "last").exists()
+
+
+def slow_saves():
+    project.flush = lambda path: time.sleep(5)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_outside_the_steps_ends_the_process_at_once(number, tmp_path, tiny):
+    process = start(tmp_path, tiny, slow_evaluation)
+    wait_for(lambda: (tmp_path / "checkpoints" / "last").exists())
+    time.sleep(0.5)
+    os.kill(process.pid, number)
+    process.join(5)
+    assert process.exitcode == 128 + number
+    assert "interrupted" in read(tmp_path).splitlines()[-1]
+
+
+def slow_evaluation():
+    project.evaluate = lambda *_: time.sleep(30)
+
+
+# --- Two runs
+
+
+@pytest.mark.parametrize("other", ["", " --checkpoints other", " --plots other"])
+def test_a_second_run_in_the_same_folders_is_refused(other, tmp_path, tiny):
+    endless = tiny.replace("--epochs 2", "--epochs 1000")
+    first = start(tmp_path, endless)
+    wait_for(lambda: (tmp_path / "checkpoints" / "last").exists())
+    folder = tmp_path / "second"
+    folder.mkdir()
+    for name in ("checkpoints", "plots"):
+        (folder / name).symlink_to(tmp_path / name)
+    code, output = run(folder, endless + other)
+    assert code == 2 and "another run is writing there" in output and len(output.splitlines()) == 1
+    first.kill()
+    first.join()
+    code, output = run(tmp_path, endless + " --max-steps 1")
+    assert "max_steps was 0, is 1" in output  # the lock is gone with the process, the run is there
+
+
+# --- A full disk
+
+
+def limit_files(size):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def test_where_the_training_state_does_not_fit_the_weights_are_rescued(finished, tmp_path, tiny):
+    sizes = {path.name: path.stat().st_size for path in (finished / "checkpoints" / "last").iterdir()}
+    assert sizes["model.safetensors"] < sizes["training_state.pt"] - 1000
+    code, output = run(tmp_path, tiny, limit_files, sizes["training_state.pt"] - 1000)
+    line = output.splitlines()[-1]
+    assert code == 1 and "Traceback" not in output
+    assert "last cannot be saved" in line and "the weights of step 5 are in checkpoints/rescued" in line
+    assert "nothing was saved before" in line
+    project.load_checkpoint(tmp_path / "checkpoints" / "rescued")
+    assert run(tmp_path, tiny)[0] == 0  # once there is room
+    same_runs(tmp_path, finished)
+
+
+def test_a_full_disk_leaves_the_checkpoints_as_they_were(finished, tmp_path, tiny):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "checkpoints" / "epoch_2")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("checkpoints/*/*")}
+    code, output = run(tmp_path, tiny, limit_files, 50_000)
+    assert code == 1 and "cannot be saved, what was saved before is kept" in output.splitlines()[-1]
+    assert {path: path.read_bytes() for path in tmp_path.rglob("checkpoints/*/*")} == before
+    assert run(tmp_path, tiny)[0] == 0
+    same_runs(tmp_path, finished)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if (
+        not shutil.which("mount")
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True).returncode
+    ):
+        pytest.skip("no permission to mount a small file system")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_disk_that_is_really_full(small_disk, tiny):
+    code, output = run(small_disk, tiny)
+    line = output.splitlines()[-1]
+    assert code == 1 and "Traceback" not in output and "No space left" in line
+    for folder in project.saved_folders(small_disk / "checkpoints"):
+        project.verify(folder)
+    assert not list(small_disk.glob("checkpoints/*.tmp"))
+
+
+def limit_memory():
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**29, used + 2**29))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks up under Linux how much memory the process has")
+def test_out_of_memory_is_one_line_with_a_way_out(tmp_path, tiny):
+    code, output = run(tmp_path, tiny + " --n-embd 8192 --n-inner 32768", limit_memory)
+    line = output.splitlines()[-1]
+    assert code == 2 and "Traceback" not in output
+    assert "out of memory" in line and "halve --batch-size and double --accum-steps" in line
+
+
+# --- Damaged checkpoints
+
+
+def damage(path, rng):
+    """Flip a bit of a file, or cut it off, at a random place."""
+    content = bytearray(path.read_bytes())
+    place = rng.randrange(len(content))
+    if rng.random() < 0.5:
+        content[place] ^= 1 << rng.randrange(8)
+    else:
+        del content[place:]
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("listed", [True, False], ids=["with SHA256SUMS", "without"])
+def test_a_damaged_checkpoint_is_refused_or_equal(listed, finished, tmp_path, monkeypatch):
+    """At 200 places of its files. Without SHA256SUMS a changed weight is not noticed, but nothing else may happen."""
+    rng, folder = random.Random(0), tmp_path / "checkpoints" / "last"
+    shutil.copytree(finished / "checkpoints" / "last", folder)
+    monkeypatch.chdir(tmp_path)
+    if not listed:
+        (folder / project.SUMS).unlink()
+    expected = project.load_checkpoint(folder).state_dict()
+    text = project.generate_text(project.load_checkpoint(folder), "Once", 30)
+    names, refused = sorted(path.name for path in folder.iterdir()), 0
+    for i in range(200 if listed else 100):
+        path = folder / names[i % len(names)]
+        content = path.read_bytes()
+        damage(path, rng)
+        try:
+            model = project.load_checkpoint(folder)
+            assert not listed or all(torch.equal(w, expected[name]) for name, w in model.state_dict().items())
+            assert not listed or project.generate_text(model, "Once", 30) == text
+            optimizer = project.make_optimizer(model, project.Settings())
+            project.restore_last(folder.parent, optimizer, torch.amp.GradScaler("cpu", enabled=False))
+        except project.InputError as error:
+            refused += 1
+            assert path.name == project.SUMS or path.name in str(error) or not listed
+        path.write_bytes(content)
+    assert refused > 100 if listed else refused > 20
+
+
+def test_a_model_of_absurd_size_is_refused_before_it_takes_memory(finished, tmp_path):
+    for name, value in (("n_layer", 10**9), ("n_embd", 10**7), ("n_inner", 10**12), ("n_positions", 10**12)):
+        folder = tmp_path / name
+        shutil.copytree(finished / "checkpoints" / "epoch_1", folder)
+        (folder / project.SUMS).unlink()
+        config = folder / "config.json"
+        before = {"n_layer": 2, "n_embd": 32, "n_inner": 64, "n_positions": 64}[name]
+        text = config.read_text()
+        assert f'"{name}": {before}' in text
+        config.write_text(text.replace(f'"{name}": {before}', f'"{name}": {value}'))
+        with pytest.raises(project.InputError):
+            project.load_checkpoint(folder)
+
+
+def test_the_checksums_are_those_of_sha256sum(finished):
+    if not shutil.which("sha256sum"):
+        pytest.skip("no sha256sum here")
+    for folder in project.saved_folders(finished / "checkpoints"):
+        subprocess.run(["sha256sum", "--check", "--quiet", project.SUMS], cwd=folder, check=True)
+
+
+# --- Odd output and input
+
+
+def test_output_that_nobody_reads_ends_the_program_quietly(finished, tiny):
+    for script in (project, gpt2_generate):
+        arguments = tiny.split() if script is project else ["--model", "checkpoints/epoch_2", "--prompt", "Once"]
+        read, write = os.pipe()
+        os.close(read)
+        ran = subprocess.run(
+            [sys.executable, script.__file__, *arguments], cwd=finished, stdout=write, stderr=subprocess.PIPE, text=True
+        )
+        os.close(write)
+        assert ran.returncode == 1 and ran.stderr == ""
+
+
+def test_a_terminal_that_shows_ascii_alone_and_a_prompt_that_is_no_text(finished):
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, gpt2_generate.__file__, *"--model checkpoints/epoch_2 --max-length 3 --prompt".split()]
+    ran = subprocess.run([*command, "Zoë"], cwd=finished, capture_output=True, env=environment)
+    assert ran.returncode == 0 and b"Zo?" in ran.stdout
+    ran = subprocess.run([*command, b"Zo\xff"], cwd=finished, capture_output=True)
+    assert ran.returncode == 2 and len(ran.stderr.splitlines()) == 1
+
+
+def test_an_epoch_that_was_finished_before_the_kill_is_not_done_again(finished, tmp_path, monkeypatch, tiny):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    assert len(project.previous_run(project.parse(project.Settings, "", tiny.split()))["epochs"]) == 2
+    shutil.rmtree("checkpoints/epoch_2")
+    before = project.previous_run(project.parse(project.Settings, "", tiny.split()))
+    assert len(before["epochs"]) == 1 and not before["finished"] and before["step"] == 10
+    project.main(tiny.split())
+    assert read_run()[1]["epochs"][1]["step"] == 10
+    same_runs(tmp_path, finished)
