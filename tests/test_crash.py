@@ -112,7 +112,7 @@ def test_a_run_that_is_killed_again_and_again_ends_like_an_unbroken_one(finished
         left |= {path.name for path in tmp_path.glob("checkpoints/*")}
         n_kills += 1
     assert code == 0 and n_kills >= 10
-    assert left >= {"last", "last.tmp", "epoch_1", "epoch_2.tmp"}  # they came in the middle of saves, too
+    assert left >= {"last", "last.tmp", "epoch_1"}  # they came in the middle of saves, too
     same_runs(tmp_path, finished)
     assert files(tmp_path) == files(finished)
 

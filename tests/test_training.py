@@ -309,7 +309,7 @@ def test_what_fails_after_an_epoch_loses_nothing(broken, finished, workspace, mo
 
 def test_a_save_that_is_cut_short_leaves_the_checkpoint_before_it(workspace, model, monkeypatch, tokenizer):
     folder = workspace / "checkpoints" / "last"
-    record = {"settings": {}, "data": {"source": ""}, "epochs": [], "steps": 1}
+    record = {"settings": {}, "data": {"source": ""}, "epochs": [], "step": 1, "steps": 1}
     project.save_checkpoint(folder, model, record | {"number": 1})
     with monkeypatch.context() as patch:
         patch.setattr(project, "flush", lambda path: (_ for _ in ()).throw(OSError("no space left on device")))
@@ -485,10 +485,10 @@ def test_more_epochs_than_points_of_the_curve(workspace):
     arguments = TINY.replace("sample", "two.txt").replace("0.0067", "1").replace("--epochs 2", "--epochs 1001")
     project.Path("two.txt").write_text("<|endoftext|>".join(["Tom ran."] + ["Lily sat."]))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(project, "write_plots", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
+        patch.setattr(project, "draw_metrics", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt) as stop:
             project.main(arguments.split())
-    record = json.loads((workspace / "checkpoints" / "epoch_1" / "training.json").read_text())
+    record = next(entry.frame.f_locals["record"] for entry in stop.traceback if entry.name == "write_plots")
     assert record["curve"] and record["steps"] == 1001
     project.draw_metrics(record)
 
