@@ -1,5 +1,6 @@
 """Shared pieces of the tests: no network, nothing outside pytest's temporary folders."""
 
+import functools
 import json
 import os
 import tempfile
@@ -15,6 +16,8 @@ import torch
 
 import gpt2_tinystories as project
 from sample_stories import sample_stories
+
+project.built_in_stories = functools.cache(project.built_in_stories)  # they take seconds each time
 
 SIZES = "--n-positions 64 --n-embd 32 --n-head 2 --n-inner 64"
 TINY = f"--data sample --fraction 0.0067 --epochs 2 --tokenizer bpe:400 {SIZES}"
