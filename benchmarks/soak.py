@@ -17,8 +17,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import gpt2_tinystories as project
 
-RUN = ("--data sample --fraction 0.3 --tokenizer bpe:1024 --n-embd 128 --n-head 4 --n-inner 256 --epochs {} "
-       "--save-every 0.005")
+RUN = ("--data sample --tokenizer bpe:1024 --n-embd 128 --n-head 4 --n-inner 256 --epochs {} "
+       "--save-every 0.02")
 
 
 def start(folder, arguments):
