@@ -1051,7 +1051,8 @@ def restore_last(folder, optimizer, scaler):
             if state["scaler"]:
                 scaler.load_state_dict(state["scaler"])
         except Exception as error:  # each kind of broken file raises another exception; the message names the cause
-            raise InputError(f"{path}: cannot be read, --overwrite starts over: {error}") from error
+            cause = str(error).partition(". ")[0]  # torch goes on to recommend weights_only=False
+            raise InputError(f"{path}: cannot be read, --overwrite starts over: {cause}") from error
     return progress
 
 

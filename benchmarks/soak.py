@@ -44,8 +44,8 @@ def result(folder, epochs):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=project.HelpFormatter)
     parser.add_argument("--kills", type=int, default=30, help="how many")
-    parser.add_argument("--longest", type=float, default=16.0, help="most seconds from a start to its kill")
-    parser.add_argument("--epochs", type=int, default=6, help="of the run")
+    parser.add_argument("--longest", type=float, default=14.0, help="most seconds from a start to its kill")
+    parser.add_argument("--epochs", type=int, default=12, help="of the run")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     options = parser.parse_args()
     arguments, rng, steps = RUN.format(options.epochs), random.Random(options.seed), []
