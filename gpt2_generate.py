@@ -47,7 +47,7 @@ class Settings:
 
     def __post_init__(self):
         texts = self.prompt and all(isinstance(text, str) and text.strip() for text in self.prompt)
-        require(texts, "prompt", list(self.prompt), "must be one or more texts, none of them empty")
+        require(texts, "prompt", ", ".join(map(repr, self.prompt)), "must be one or more texts, none of them empty")
         require(self.num_samples >= 1, "num_samples", self.num_samples, "must be at least 1")
         require(0 <= self.seed < 2**31, "seed", self.seed, "must be at least 0 and below 2**31")
         for name in ("temperature", "top_k", "top_p", "num_samples", "seed"):

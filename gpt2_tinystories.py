@@ -13,6 +13,7 @@ Shapes in the comments: B stories in a batch, T tokens in a story, C = n_embd, H
 import argparse
 import csv
 import ctypes
+import errno
 import http.client
 import json
 import math
@@ -140,10 +141,10 @@ def parse(settings_class, description, argv=None):
     return settings_class(**vars(parser.parse_args(argv)))
 
 
-def run(main, interrupted="interrupted"):
-    """Call main(); what a user can mend is shown as one line, without a traceback, and sets the exit code. SIGTERM ends
-    the program like Ctrl-C, and a character that the terminal cannot show does not end it."""
-    signal.signal(signal.SIGTERM, raise_interrupt)
+def run(main, interrupted=""):
+    """Call main(); what a user can mend is shown as one line, without a traceback, and sets the exit code. SIGTERM
+    and a lost terminal end the program like Ctrl-C, and a character that the terminal cannot show does not end it."""
+    handle_signals(raise_interrupt)
     for stream in (sys.stdin, sys.stdout):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
@@ -154,7 +155,7 @@ def run(main, interrupted="interrupted"):
     except UnicodeError as error:  # bytes in a file or in the command line that are no text
         message, code = f"not a text in UTF-8: {error}", 2
     except (MemoryError, RuntimeError) as error:  # on a CPU and with MPS, running out of memory is a RuntimeError
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory|enough memory", str(error)):
             raise
         message, code = "out of memory; in training, halve --batch-size and double --accum-steps: the same updates", 2
     except BrokenPipeError:  # the reader of the output, such as head, has gone: nobody is there to be told
@@ -162,30 +163,38 @@ def run(main, interrupted="interrupted"):
         sys.exit(1)
     except OSError as error:  # a full disk, a folder that cannot be written
         message, code = str(error), 1
-    except KeyboardInterrupt as error:  # with the number of the signal
-        message, code = interrupted, 128 + (error.args or (signal.SIGINT,))[0]
+    except KeyboardInterrupt as error:
+        number, state = error.args or (signal.SIGINT, "interrupted")
+        message, code = f"{state}{interrupted}", 128 + number
     print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
 
 
 def raise_interrupt(number, _frame):
-    raise KeyboardInterrupt(number)
+    raise KeyboardInterrupt(number, "interrupted")
+
+
+def handle_signals(handler):
+    """Give Ctrl-C, SIGTERM and SIGHUP this handler, unless ignored, as under nohup. Returns the ones before it."""
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    heeded = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in heeded}
 
 
 @contextmanager
 def signals_noted():
-    """Inside, Ctrl-C and SIGTERM are noted in the list that this yields, no more; a second one ends the process."""
+    """Inside, the signals are noted in the list that this yields, no more; a second one ends the process."""
+    noted = []
 
     def note(number, _frame):
         noted.append(number)
-        for each in before:
-            signal.signal(each, signal.SIG_DFL)
-        os.write(2, b"\nstopping after this step, to save it; once more: at once\n")
+        handle_signals(signal.SIG_DFL)
+        try:
+            os.write(2, b"\nstopping after this step, to save it; once more: at once\n")
+        except OSError:  # the terminal, or the program that reads this, has gone: nothing may fail for that now
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
-    noted, before = [], {}
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
-            before[number] = signal.signal(number, note)
+    before = handle_signals(note)
     try:
         yield noted
     finally:
@@ -199,7 +208,7 @@ def locked(*folders):
     from filelock import FileLock, Timeout
 
     with ExitStack() as locks:
-        for folder in {Path(folder).resolve() for folder in folders}:
+        for folder in sorted({Path(folder).resolve() for folder in folders}):
             folder.mkdir(parents=True, exist_ok=True)
             try:
                 locks.enter_context(FileLock(folder / ".lock", blocking=False))
@@ -252,6 +261,8 @@ def load_stories(data, cache_dir):
     try:
         stories = read_stories(path, cache_dir)
     except Exception as error:  # each kind of broken file raises another exception; the message names the cause
+        if getattr(error.__cause__ or error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(f"--data {data}: {error.__cause__ or error}") from error
         require(path.exists() or hub_answers(), "data", data, "not here, and the Hugging Face Hub cannot be reached")
         raise InputError(f"--data {data}: cannot be read as stories: {error.__cause__ or error}") from error
     if isinstance(stories, dict):  # a DatasetDict
@@ -298,6 +309,8 @@ def load_default_stories(cache_dir):
             return load_stories("sample", cache_dir)
         shutil.rmtree(LOCAL_STORIES + ".tmp", ignore_errors=True)
         stories.save_to_disk(LOCAL_STORIES + ".tmp")
+        for path in Path(LOCAL_STORIES + ".tmp").rglob("*"):
+            flush(path)
         os.rename(LOCAL_STORIES + ".tmp", LOCAL_STORIES)  # the folder is whole or absent
     return load_stories(LOCAL_STORIES, cache_dir)
 
@@ -404,9 +417,16 @@ def encode_stories(stories, tokenizer, n_positions, cache_file):
 
     cache_file.parent.mkdir(parents=True, exist_ok=True)
     id_type = "uint16" if len(tokenizer) <= 1 << 16 else "int32"
-    encoded = stories.map(encode_rows, batched=True, remove_columns=stories.column_names, desc="tokenising",
-                          features=Features({"ids": Sequence(Value(id_type)), "cut": Value("int64")}),
-                          cache_file_name=str(cache_file), new_fingerprint=cache_file.stem)
+    is_there = cache_file.exists()
+    try:
+        encoded = stories.map(encode_rows, batched=True, remove_columns=stories.column_names, desc="tokenising",
+                              features=Features({"ids": Sequence(Value(id_type)), "cut": Value("int64")}),
+                              cache_file_name=str(cache_file), new_fingerprint=cache_file.stem)
+    except (OSError, ValueError) as error:
+        if is_there:
+            raise InputError(f"{cache_file} is damaged, delete it: {error}") from error
+        raise OSError(f"{cache_file} cannot be written: {error.__context__ or error}") from error
+    flush(cache_file)
     ids = encoded.data.column("ids")
     lengths = np.concatenate([np.diff(chunk.offsets) for chunk in ids.chunks]) - 1
     return Tokens(ids, lengths, int(np.sum(encoded.data.column("cut"))))
@@ -787,13 +807,12 @@ def save_checkpoint(folder, model, record, sample=None, state=None):
     try:
         write_checkpoint(temporary, model, record, sample, state)
         publish(temporary, folder)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)  # which may be what filled the disk
+    except Exception as error:  # each library has another exception for a full disk
+        shutil.rmtree(temporary, ignore_errors=True)  # which may be what filled it
         raise OSError(f"{folder} cannot be saved, what was saved before is kept: {error}") from error
 
 
 def write_checkpoint(folder, model, record, sample, state):
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
     from transformers import GenerationConfig
 
@@ -806,14 +825,11 @@ def write_checkpoint(folder, model, record, sample, state):
     (folder / "training.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
     if sample:
         (folder / "sample.txt").write_text(sample + "\n", encoding="utf-8")
-    try:
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        shutil.copymode(folder / "config.json", folder / "model.safetensors")  # only its owner could read it
-        if state:
-            torch.save(state, folder / "training_state.pt")
-    except (SafetensorError, RuntimeError) as error:  # what a full disk is to these two
-        raise OSError(error) from error
-    (folder / SUMS).write_text("".join(line + "\n" for line in checksums(folder)), encoding="utf-8")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # only its owner could read it
+    if state:
+        torch.save(state, folder / "training_state.pt")
+    (folder / SUMS).write_bytes("".join(line + "\n" for line in checksums(folder)).encode())
 
 
 def checksums(folder):
@@ -833,9 +849,12 @@ def verify(folder):
     """Raise InputError where a file of a checkpoint is not the one that was saved. Other people's list no checksums."""
     if (folder / SUMS).is_file():
         saved = (folder / SUMS).read_text(encoding="utf-8", errors="replace").splitlines()
-        if changed := set(saved) - set(checksums(folder)):
-            raise InputError(f"{folder} is not as it was saved: {min(line[66:] for line in changed)} differs; if you "
-                             f"changed that on purpose, delete {SUMS} there")
+        listed = {line[66:] for line in saved}
+        changed = {line[66:] for line in set(saved) - set(checksums(folder))}
+        changed |= {"config.json", "model.safetensors", "tokenizer.json"} - listed
+        if changed:
+            raise InputError(f"{folder} is not as it was saved: {min(changed)} differs; if you changed that on "
+                             f"purpose, delete {SUMS} there")
 
 
 def publish(temporary, folder):
@@ -875,6 +894,8 @@ def load_checkpoint(folder, device="cpu"):
         n_layer = sum(name.endswith(".ln_1.weight") for name in weights)
         if values["n_layer"] != n_layer:
             raise ValueError(f"{n_layer} layers of weights, {values['n_layer']} by config.json")
+        if values["n_head"] < 1 or values["n_embd"] % values["n_head"]:
+            raise ValueError(f"n_embd {values['n_embd']} is not a multiple of n_head {values['n_head']}")
         with torch.device("meta"):  # no memory before the sizes are known to be those of the weights
             model = GPT(GPT2Config(**values), open_tokenizer(str(folder), local_files_only=True))
     except Exception as error:  # each kind of broken file raises another exception; the message names the cause
@@ -887,7 +908,7 @@ def load_checkpoint(folder, device="cpu"):
     for name, weight in weights.items():
         if weight.shape != layout[name].shape:
             raise InputError(f"{folder}: {name} is {tuple(weight.shape)}, by config.json {tuple(layout[name].shape)}")
-        if not weight.isfinite().all():
+        if not weight.is_floating_point() or not weight.float().isfinite().all():
             raise InputError(f"{folder}: {name} holds numbers that are not finite")
     model.to_empty(device=device)
     nn.init.zeros_(model.lm_head.weight)  # no file has its rows beyond the vocabulary
@@ -1031,9 +1052,12 @@ def save_last(folder, model, record, progress, optimizer, scaler):
         save_checkpoint(folder / "last", model, record | {"step": progress["step"]}, state=state)
         record["step"] = progress["step"]
     except OSError as error:
-        save_checkpoint(folder / "rescued", model, record)
-        raise OSError(f"{error}; {last_save(record)}; the weights of step {progress['step']} are in "
-                      f"{folder / 'rescued'}") from error
+        rescued = f"the weights of step {progress['step']} are in {folder / 'rescued'}"
+        try:
+            save_checkpoint(folder / "rescued", model, record | {"step": progress["step"]})
+        except OSError:
+            rescued = "the weights alone do not fit either"
+        raise OSError(f"{error}; {last_save(record)}; {rescued}") from error
 
 
 def restore_last(folder, optimizer, scaler):
@@ -1050,6 +1074,8 @@ def restore_last(folder, optimizer, scaler):
                     raise ValueError("the optimizer's state is of other weights")
             if state["scaler"]:
                 scaler.load_state_dict(state["scaler"])
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
         except Exception as error:  # each kind of broken file raises another exception; the message names the cause
             cause = str(error).partition(". ")[0]  # torch goes on to recommend weights_only=False
             raise InputError(f"{path}: cannot be read, --overwrite starts over: {cause}") from error
@@ -1107,12 +1133,11 @@ def train(model, train_set, test_set, settings, record, precision):
                 if save_now:
                     save_last(folder, model, record, progress, optimizer, scaler)
                     saved_at = time.monotonic()
-            bar.close()
             save_last(folder, model, record, progress, optimizer, scaler)
             saved_at = time.monotonic()
+            bar.close()
         if signals:
-            print(f"saved, after step {progress['step']:,} of {n_steps:,}", flush=True)
-            raise_interrupt(signals[0], None)
+            raise KeyboardInterrupt(signals[0], f"saved after step {progress['step']:,} of {n_steps:,}")
         test_loss, test_accuracy = evaluate(model, test_loader)  # in fp32, like generate_text and compute_perplexity
         finish_epoch(model, epoch, test_loss, test_accuracy, settings, record, progress)
 
@@ -1162,7 +1187,7 @@ def previous_run(settings):
     folder = Path(settings.checkpoints)
     if (folder / "last.old").exists() and not (folder / "last").exists():  # killed between the two renames of a save
         (folder / "last.old").rename(folder / "last")
-    for leftover in saved_folders(folder, r"(epoch_\d+|last)\.(tmp|old)"):
+    for leftover in saved_folders(folder, r"(epoch_\d+|last|rescued)\.(tmp|old)"):
         shutil.rmtree(leftover)
     for leftover in saved_folders(folder / "data", r"tmp\w+"):
         leftover.unlink()
@@ -1173,11 +1198,11 @@ def previous_run(settings):
         newer = folder / f"epoch_{len(record['epochs']) + 1}"
         if newer.exists() and read_record(newer)["step"] == record["step"]:
             record = read_record(newer)  # last was saved before that epoch was evaluated
-        before, _, _ = record["settings"], record["data"]["source"], record["step"]
+        before, _ = dict(record["settings"]), (record["data"]["source"], record["step"], record["curve"])
         finished = record["epochs"] and record["epochs"][-1]["step"] == record["steps"]
     except InputError:
         raise
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (FileNotFoundError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise InputError(f"{folder} holds a run that cannot go on ({error!r}), --overwrite starts over") from error
     fixed = {f.name: getattr(settings, f.name) for f in fields(settings) if not f.metadata["free"]}
     refuse_changes(folder, before, fixed)
@@ -1260,4 +1285,4 @@ def model_config(settings, tokenizer):
 
 
 if __name__ == "__main__":
-    run(main, "interrupted; the same command continues from the last save (after each epoch and every --save-every)")
+    run(main, "; the same command, without --overwrite, continues from the last save")

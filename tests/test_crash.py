@@ -90,15 +90,15 @@ def files(folder):
 # --- Killed
 
 
-def kill_at(n_operations):
-    """Have this process kill itself when it is about to open, rename or remove something for the nth time in the
-    folders of the run: steps, evaluations and all parts of a save lie between two of these."""
+def kill_at(n_operations, event_wanted="", name=""):
+    """Have this process kill itself before the nth time that it opens, renames or removes something in the folders of
+    the run; given an event and a name, before the nth of just these."""
     left = [n_operations]
 
     def count(event, arguments):
-        if event in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir"):
+        if event in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir") and event_wanted in ("", event):
             path = os.path.abspath(os.fsdecode(arguments[0])) if isinstance(arguments[0], (str, bytes)) else ""
-            if path.startswith((os.path.abspath("checkpoints"), os.path.abspath("plots"))):
+            if path.startswith((os.path.abspath("checkpoints"), os.path.abspath("plots"))) and path.endswith(name):
                 left[0] -= 1
                 if left[0] == 0:
                     os.kill(os.getpid(), signal.SIGKILL)
@@ -119,11 +119,17 @@ def test_a_run_that_is_killed_again_and_again_ends_like_an_unbroken_one(finished
 
 def test_a_new_run_is_killed_in_its_first_and_second_epoch(finished, tmp_path, tiny):
     """In the tokenisation, its first save, the first epoch's checkpoint, and between the two renames of a save."""
-    for n_operations in (10, 31, 62, 105):
-        folder = tmp_path / str(n_operations)
+    places = (
+        (2, "os.mkdir", "checkpoints/data"),
+        (1, "open", "last.tmp/SHA256SUMS"),
+        (1, "os.rename", "epoch_1.tmp"),
+        (2, "os.rename", "last.tmp"),
+    )
+    for number, place in enumerate(places):
+        folder = tmp_path / str(number)
         folder.mkdir()
-        assert run(folder, tiny, kill_at, n_operations)[0] == -signal.SIGKILL
-        assert (n_operations == 105) == (folder / "checkpoints" / "last.old").exists()
+        assert run(folder, tiny, kill_at, *place)[0] == -signal.SIGKILL
+        assert (number == 3) == (folder / "checkpoints" / "last.old").exists()
         assert run(folder, tiny)[0] == 0
         same_runs(folder, finished)
         assert files(folder) == files(finished)
@@ -137,7 +143,9 @@ def test_the_script_itself_is_killed_and_then_stopped(finished, tmp_path, tiny):
         script.send_signal(number)
         _, errors = script.communicate()
         assert script.returncode == (-number if number == signal.SIGKILL else 130)
-    assert "the same command continues" in errors.splitlines()[-1] and "Traceback" not in errors
+    last_line = errors.splitlines()[-1]
+    assert "saved after step" in last_line and "the same command, without --overwrite" in last_line, errors
+    assert "Traceback" not in errors
     assert run(tmp_path, f"{tiny} --save-every 0")[0] == 0
     same_runs(tmp_path, finished)
 
@@ -158,7 +166,7 @@ def next_save(path):
 # --- Stopped
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_after_the_step_and_the_run_goes_on(number, finished, tmp_path, tiny):
     arguments = tiny + " --save-every 1e6"
     process = start(tmp_path, arguments, slow_steps)
@@ -167,7 +175,7 @@ def test_a_signal_saves_after_the_step_and_the_run_goes_on(number, finished, tmp
     process.join(60)
     output = read(tmp_path)
     assert process.exitcode == 128 + number and "Traceback" not in output
-    assert "saved, after step" in output and output.splitlines()[-1].endswith("interrupted")
+    assert "saved after step" in output.splitlines()[-1]
     assert (tmp_path / "checkpoints" / "last").exists() and not (tmp_path / "checkpoints" / "epoch_1").exists()
     code, output = run(tmp_path, arguments)
     assert code == 0 and "continuing the interrupted run" in output
@@ -288,6 +296,27 @@ def test_a_disk_that_is_really_full(small_disk, tiny):
     for folder in project.saved_folders(small_disk / "checkpoints"):
         project.verify(folder)
     assert not list(small_disk.glob("checkpoints/*.tmp"))
+
+
+def test_a_disk_that_is_too_full_for_the_tokens_or_the_tokenizer_is_one_line(finished, tmp_path, tiny):
+    """The libraries that write them have exceptions of their own."""
+    size_of_tokens = max(path.stat().st_size for path in finished.glob("checkpoints/data/*.arrow"))
+    size_of_tokenizer = (finished / "checkpoints" / "last" / "tokenizer.json").stat().st_size
+    assert size_of_tokens < size_of_tokenizer
+    for limit, words in ((size_of_tokens - 1, "cannot be written"), (size_of_tokenizer - 1, "do not fit either")):
+        code, output = run(tmp_path, tiny, limit_files, limit)
+        assert code == 1 and "Traceback" not in output and words in output.splitlines()[-1], output
+        assert not list(tmp_path.glob("checkpoints/*.tmp"))
+
+
+def test_a_damaged_token_cache_is_named(finished, tokenizer, tmp_path):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    cache = next(tmp_path.glob("checkpoints/data/train-*.arrow"))
+    stories = datasets.Dataset.from_dict({"text": ["a"]})
+    for content in (b"", cache.read_bytes()[:1000]):
+        cache.write_bytes(content)
+        with pytest.raises(project.InputError, match="is damaged, delete it"):
+            project.encode_stories(stories, tokenizer, 64, cache)
 
 
 def limit_memory():
