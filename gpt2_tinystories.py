@@ -1117,7 +1117,7 @@ def train(model, train_set, test_set, settings, record, precision):
                     group["lr"] = learning_rate_at(progress["step"], n_steps, settings)
                 pending.append(update(model, window, optimizer, settings.grad_clip, scaler, scorer, autocast))
                 progress["step"] += 1
-                if libc and progress["step"] % 4 == 0:
+                if libc and progress["step"] % 2 == 0:
                     libc.malloc_trim(0)  # batches of many sizes leave holes in the heap: without this it grows
                 bar.update()
                 stopping, save_now = bool(signals), time.monotonic() - saved_at > 60 * settings.save_every
