@@ -12,7 +12,7 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 @pytest.mark.parametrize(
     "command, rows",
     [
-        ("data_speed.py --stories 60 90 --tokenizer bpe:400", 4),
+        ("data_speed.py --stories 60 --tokenizer bpe:400", 2),
         ("generate_speed.py --tokenizer bpe:400 --max-length 5 --rounds 1", 2),
         ("train_speed.py --only ours --data sample --rounds 1 --steps 1 --batch-size 1 --device cpu --profile", 1),
         ("train_speed.py --data sample --rounds 1 --steps 1 --batch-size 1 --device cpu --only hf-default ours", 2),
