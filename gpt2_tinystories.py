@@ -426,7 +426,8 @@ def encode_stories(stories, tokenizer, n_positions, cache_file):
         if is_there:
             raise InputError(f"{cache_file} is damaged, delete it: {error}") from error
         raise OSError(f"{cache_file} cannot be written: {error.__context__ or error}") from error
-    flush(cache_file)
+    if not is_there:
+        flush(cache_file)
     ids = encoded.data.column("ids")
     lengths = np.concatenate([np.diff(chunk.offsets) for chunk in ids.chunks]) - 1
     return Tokens(ids, lengths, int(np.sum(encoded.data.column("cut"))))
@@ -1138,7 +1139,7 @@ def train(model, train_set, test_set, settings, record, precision):
             bar.close()
         if signals:
             raise KeyboardInterrupt(signals[0], f"saved after step {progress['step']:,} of {n_steps:,}")
-        test_loss, test_accuracy = evaluate(model, test_loader)  # in fp32, like generate_text and compute_perplexity
+        test_loss, test_accuracy = evaluate(model, test_loader)  # in fp32, on CUDA with TF32
         finish_epoch(model, epoch, test_loss, test_accuracy, settings, record, progress)
 
 
@@ -1196,8 +1197,8 @@ def previous_run(settings):
     try:
         record = read_record(folder / "last")
         newer = folder / f"epoch_{len(record['epochs']) + 1}"
-        if newer.exists() and read_record(newer)["step"] == record["step"]:
-            record = read_record(newer)  # last was saved before that epoch was evaluated
+        if newer.exists() and (whole := read_record(newer))["step"] == record["step"]:
+            record = whole  # last was saved before that epoch was evaluated
         before, _ = dict(record["settings"]), (record["data"]["source"], record["step"], record["curve"])
         finished = record["epochs"] and record["epochs"][-1]["step"] == record["steps"]
     except InputError:

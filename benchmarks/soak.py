@@ -48,7 +48,7 @@ def main():
     parser.add_argument("--epochs", type=int, default=12, help="of the run")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     options = parser.parse_args()
-    arguments, rng, steps = RUN.format(options.epochs), random.Random(options.seed), []
+    arguments, rng = RUN.format(options.epochs), random.Random(options.seed)
     with tempfile.TemporaryDirectory() as folder:
         folders = [Path(folder) / name for name in ("unbroken", "killed")]
         for each in folders:
@@ -64,8 +64,8 @@ def main():
             process.kill()
             process.wait()
             last = folders[1] / "checkpoints" / "last" / "training.json"
-            steps.append(json.loads(last.read_text())["step"] if last.exists() else 0)
-            print(f"kill {number}: saved up to step {steps[-1]}", flush=True)
+            step = json.loads(last.read_text())["step"] if last.exists() else 0
+            print(f"kill {number}: saved up to step {step}", flush=True)
         finish(folders[1], arguments)
         unbroken, expected, expected_files = result(folders[0], options.epochs)
         weights, figures, files = result(folders[1], options.epochs)
