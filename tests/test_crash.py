@@ -367,8 +367,8 @@ def test_a_damaged_checkpoint_is_refused_or_equal(listed, finished, tmp_path, mo
             model = project.load_checkpoint(folder)
             assert not listed or all(torch.equal(w, expected[name]) for name, w in model.state_dict().items())
             assert not listed or project.generate_text(model, "Once", 30) == text
-            optimizer = project.make_optimizer(model, project.Settings())
-            project.restore_last(folder.parent, optimizer, torch.amp.GradScaler("cpu", enabled=False))
+            optimizers = project.make_optimizers(model, project.Settings(), torch.float32)
+            project.restore_last(folder.parent, optimizers, torch.amp.GradScaler("cpu", enabled=False))
         except project.InputError as error:
             refused += 1
             assert path.name == project.SUMS or path.name in str(error) or not listed

@@ -176,20 +176,48 @@ def test_perplexity_equals_that_of_transformers_for_every_batch_size(model, enco
 
 
 def test_the_learning_rate_warms_up_and_decays_to_zero():
-    settings = project.Settings(learning_rate=1.0, warmup_steps=4)
-    rates = [project.learning_rate_at(step, 50, settings) for step in range(50)]
+    rates = [project.schedule(step, 50, 4) for step in range(50)]
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert rates[27] == pytest.approx(0.5) and rates[49] == pytest.approx(1 / 46)
     assert min(rates) > 0
-    assert project.learning_rate_at(0, 1, settings) == 1.0
-    many = project.Settings(learning_rate=1.0, warmup_steps=1000)
-    assert max(range(100), key=lambda step: project.learning_rate_at(step, 100, many)) == 10  # a tenth at most
+    assert project.schedule(0, 1, 4) == 1.0
+    assert max(range(100), key=lambda step: project.schedule(step, 100, 1000)) == 10  # a tenth at most
 
 
 def test_only_matrices_are_decayed(model):
-    decayed, kept = project.make_optimizer(model, project.Settings(weight_decay=0.3)).param_groups
-    assert decayed["weight_decay"] == 0.3 and all(p.dim() == 2 for p in decayed["params"])
-    assert kept["weight_decay"] == 0 and all(p.dim() == 1 for p in kept["params"])
+    optimizers = project.make_optimizers(model, project.Settings(weight_decay=0.3), torch.float32)
+    outer, vectors, inner = [group for optimizer in optimizers for group in optimizer.param_groups]
+    for group in (outer, inner):
+        assert group["weight_decay"] == 0.3 and all(p.dim() == 2 for p in group["params"])
+    assert vectors["weight_decay"] == 0 and all(p.dim() == 1 for p in vectors["params"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(96, 32), (32, 64), (48, 48)], ids=str)
+def test_muon_is_that_of_pytorch(shape, dtype):
+    """PyTorch's multiplies in bf16, with steps of 1/256: hence the tolerance, of two of them."""
+    start, ours, theirs = torch.randn(shape), *(torch.nn.Parameter(torch.empty(shape)) for _ in range(2))
+    muon = project.Muon([{"params": [ours], "lr": 0.1, "weight_decay": 0.5}], dtype)
+    reference = torch.optim.Muon([theirs], lr=0.1, weight_decay=0.5)
+    with torch.no_grad():
+        for weight in (ours, theirs):
+            weight.copy_(start)
+    for _ in range(4):
+        ours.grad = torch.randn(shape) * 1e-3
+        theirs.grad = ours.grad.clone()
+        muon.step()
+        reference.step()
+    moved = (theirs - start).norm().item()
+    assert (ours - theirs).norm().item() < 2 / 256 * 4 * moved
+
+
+def test_orthogonal_keeps_the_singular_vectors():
+    x = torch.randn(40, 24)
+    u, _, v = torch.linalg.svd(x, full_matrices=False)
+    values = u.T @ project.orthogonal(x) @ v.T
+    assert (values - values.diag().diag()).abs().max() < 1e-3
+    assert values.diag().min() > 0.6 and values.diag().max() < 1.3
+    torch.testing.assert_close(project.orthogonal(x.T), project.orthogonal(x).T)
 
 
 # --- Whole runs
@@ -379,21 +407,22 @@ def test_max_steps_ends_the_run_and_the_decay_there(workspace, capsys):
     assert "finished" in capsys.readouterr().out
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_update(workspace, refused, monkeypatch):
-    score = project.score
-    calls = []
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(workspace, refused, monkeypatch):
+    score, calls = project.score, []
 
     def poisoned(model, input_ids, targets):
         loss, right = score(model, input_ids, targets)
-        if torch.is_grad_enabled():
-            calls.append([p.detach().clone() for p in model.parameters()] + [model])
-        return (loss * float("nan") if len(calls) == 5 else loss), right
+        calls.append(model.training)
+        return (loss * float("nan") if sum(calls) == 15 else loss), right
 
-    monkeypatch.setattr(project, "score", poisoned)
-    line = refused(project.main, TINY)
-    assert "step 3" in line and "not finite" in line
-    *before, model = calls[4]
-    assert all(torch.equal(one, two) for one, two in zip(before, model.parameters(), strict=True))
+    with monkeypatch.context() as patch:
+        patch.setattr(project, "score", poisoned)
+        line = refused(project.main, [*TINY.split(), "--save-every", "0"])  # it tries to save after every step
+    assert "step 8" in line and "not finite" in line and "last is good, of step 7" in line
+    assert project.load_checkpoint("checkpoints/last")  # which refuses numbers that are not finite
+    train("--save-every 0")
+    _, record = read_run()
+    assert record["epochs"][-1]["step"] == 10
 
 
 def test_a_compiler_that_fails_is_reported_and_the_run_goes_on(finished, workspace, monkeypatch, capsys):
@@ -433,11 +462,12 @@ def test_a_trained_model_learns_to_end_its_stories(tokenizer, tmp_path):
         datasets.Dataset.from_dict({"text": texts}), tokenizer, 64, tmp_path / "tokens.arrow"
     )
     model = project.GPT(make_config(tokenizer, n_embd=64), tokenizer)
-    optimizer = project.make_optimizer(model, project.Settings(learning_rate=3e-3))
+    optimizers = project.make_optimizers(model, project.Settings(), torch.float32)
     for _ in range(150):
         project.backward(model, list(project.make_loader(ids, [[0], [1]])))
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
     assert project.generate_text(model, "Tom had", max_length=60) == texts[0]
     assert project.generate_text(model, "Lily saw", max_length=60) == texts[1]
 
@@ -447,19 +477,26 @@ def test_a_prompt_that_does_not_fit_is_refused_before_the_training(workspace, re
     assert not (workspace / "checkpoints" / "last").exists()
 
 
-def test_learning_rate_and_clipping_reach_the_optimizer(workspace, monkeypatch):
-    rates, norms, step = [], [], torch.optim.AdamW.step
+def test_learning_rates_and_clipping_reach_the_optimizers(workspace, monkeypatch):
+    rates, squares = [], []
 
-    def spy(optimizer, *arguments):
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        rates.append({group["lr"] for group in optimizer.param_groups})
-        norms.append(torch.stack([p.grad.norm() for p in parameters]).norm().item())
-        return step(optimizer, *arguments)
+    def spy(optimizer_class):
+        step = optimizer_class.step
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
-    train("--grad-clip 0.01 --warmup-steps 1")
-    settings = project.Settings(warmup_steps=1)
-    assert rates == [{project.learning_rate_at(step, 10, settings)} for step in range(10)]
+        def spied(optimizer, *arguments):
+            rates.append([group["lr"] for group in optimizer.param_groups])
+            squares.append(sum(p.grad.square().sum().item() for g in optimizer.param_groups for p in g["params"]))
+            return step(optimizer, *arguments)
+
+        monkeypatch.setattr(optimizer_class, "step", spied)
+
+    spy(torch.optim.AdamW)
+    spy(project.Muon)
+    train("--grad-clip 0.01 --warmup-steps 1 --learning-rate 0.001 --muon-learning-rate 0.03")
+    shares = [project.schedule(step, 10, 1) for step in range(10)]
+    assert rates[::2] == [pytest.approx([0.01 * share, 0.001 * share]) for share in shares]
+    assert rates[1::2] == [pytest.approx([0.03 * share]) for share in shares]
+    norms = [math.sqrt(a + b) for a, b in zip(squares[::2], squares[1::2], strict=True)]
     assert norms == pytest.approx([0.01] * 10, rel=1e-3)
 
 

@@ -1,0 +1,420 @@
+"""What each ingredient of the recipe is worth: models trained on the same stories for as many steps, scored alike.
+
+    python benchmarks/quality.py --only plain ours --seeds 1 2 3
+    python benchmarks/quality.py --max-steps 500 --out quality_500            all recipes, short
+    python benchmarks/quality.py --tokenizer gpt2 --n-embd 768 --n-head 12 --n-inner 1536 --epochs 5     on a GPU
+
+Other flags are those of gpt2_tinystories.py. The default is a small model that a CPU trains in 10 minutes: 2 epochs of
+all stories, a tokenizer of 2048, 256 wide. `plain` is the loop that tutorials copy, `ours` is gpt2_tinystories.py as it
+is, and each of the others is `ours` with the one change that its name says.
+
+Each run leaves a .json in --out and is not repeated while that is there; the table is made from all of them. Losses are
+nats a token over the held-out stories, every token counted once: "own" without <|endoftext|>, which a plain model never
+learns, "all" with it. Bits per byte are those of the own tokens, so they compare tokenizers, too. Where `plain` and
+`ours` are both there, curves.png compares how they learn, and samples.md what they write.
+"""
+
+import argparse
+import json
+import math
+import multiprocessing
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import gpt2_tinystories as project
+
+SMALL = ["--fraction", "1", "--epochs", "2", "--tokenizer", "bpe:2048", "--n-embd", "256", "--n-head", "4",
+         "--n-inner", "512"]
+PROMPTS = ["Once upon a time, in a small village", "Tom had a red kite", "Lily and Ben were in the park",
+           "The big dog was very hungry", "One rainy day, a little frog", "Mia wanted to bake a cake",
+           "There was an old tree in the garden", "The sun was hot and the cat", "Max found a shiny key",
+           "\"Can we go to the beach?\" asked Anna"]
+
+# --- The recipes -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is made and trained; by default as gpt2_tinystories.py does it."""
+
+    settings: dict = field(default_factory=dict)
+    model: Callable = project.GPT
+    change: Callable = lambda model: None  # something done to the new model
+    optimizers: Callable = project.make_optimizers
+    schedule: Callable = project.schedule
+    batches: Callable = project.epoch_batches
+    loss: Callable = project.score
+    average: float = 0.0  # of an exponential moving average of the weights: the share that a step keeps
+    plain: bool = False  # the updates of the loop that tutorials copy
+
+
+class PlainBlock(project.Block):
+    """Post-LayerNorm, as in "Attention Is All You Need", and ReLU."""
+
+    def forward(self, x, cache=None):
+        x = self.ln_1(x + self.attn(x, cache))
+        return self.ln_2(x + self.mlp.dropout(self.mlp.c_proj(F.relu(self.mlp.c_fc(x)))))
+
+
+class Plain(project.GPT):
+    """The tutorials' model: PyTorch's own initialisation, embeddings of N(0, 1) times sqrt(n_embd), a head with bias"""
+
+    def __init__(self, config, tokenizer):
+        super().__init__(config, tokenizer)
+        self.h = nn.ModuleList(PlainBlock(config) for _ in range(config.n_layer))
+        self.ln_f, self.lm_head = nn.Identity(), nn.Linear(config.n_embd, config.vocab_size)
+        nn.init.normal_(self.wte.weight)
+        self.wte.register_forward_hook(lambda module, args, output: output * math.sqrt(config.n_embd))
+        position = project.sinusoid(config.n_positions, config.n_embd)
+        self.wpe.weight = nn.Parameter(position, requires_grad=False)
+
+
+def plain_optimizers(model, settings, dtype):
+    return [torch.optim.AdamW(model.parameters(), lr=settings.learning_rate)]
+
+
+def random_batches(lengths, batch_size, seed, epoch):
+    order = np.random.default_rng((seed, epoch)).permutation(len(lengths))
+    return np.split(order, range(batch_size, len(order), batch_size))
+
+
+def warmup(step, n_steps, warmup_steps):
+    """The share of the learning rate at the start, and the share of what follows that is done."""
+    n_warmup = min(warmup_steps, n_steps // 10)
+    return min(1, (step + 1) / (n_warmup + 1)), max(0, step - n_warmup) / (n_steps - n_warmup)
+
+
+def constant(*arguments):
+    return warmup(*arguments)[0]
+
+
+def cosine(*arguments):
+    share, done = warmup(*arguments)
+    return share * (1 + math.cos(math.pi * done)) / 2
+
+
+def cooldown(*arguments):
+    share, done = warmup(*arguments)
+    return share * min(1, 2 * (1 - done))
+
+
+def adamw_alone(model, settings, dtype):
+    matrices = [weight for weight in model.parameters() if weight.dim() == 2 and weight.requires_grad]
+    vectors = [weight for weight in model.parameters() if weight.dim() == 1]
+    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.99), fused=True)]
+
+
+def regrouped(which, **changes):
+    """Other settings of an optimizer's groups; which: its number, and which of its groups."""
+
+    def make(model, settings, dtype):
+        optimizers = project.make_optimizers(model, settings, dtype)
+        number, groups = which
+        for group in optimizers[number].param_groups[groups]:
+            for name, value in changes.items():
+                group[name] = value(group[name]) if callable(value) else value
+        return optimizers
+
+    return make
+
+
+def times(factor):
+    return lambda rate: factor * rate
+
+
+OUTER, VECTORS, ADAMW, MUON = (0, slice(0, 1)), (0, slice(1, 2)), (0, slice(None)), (1, slice(None))
+
+
+def scaled(names, factor):
+    """Other sizes of the first weights whose names hold one of these."""
+
+    def change(model):
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if weight.dim() == 2 and any(part in name for part in names):
+                    weight.mul_(factor)
+
+    return change
+
+
+def fan_in(model):
+    for name, weight in model.h.named_parameters():
+        if weight.dim() == 2:
+            shrink = math.sqrt(2 * model.config.n_layer) if "c_proj" in name else 1
+            nn.init.normal_(weight, std=1 / math.sqrt(weight.size(1)) / shrink)
+
+
+def learned_positions(model):
+    nn.init.normal_(model.wpe.weight, std=model.config.initializer_range)
+    model.wpe.weight.requires_grad_(True)
+
+
+def with_positions(model, settings, dtype):
+    optimizers = project.make_optimizers(model, settings, dtype)
+    optimizers[0].param_groups[0]["params"].append(model.wpe.weight)
+    return optimizers
+
+
+def z_loss(model, input_ids, targets):
+    """PaLM's: 1e-4 times the square of the log of the softmax's denominator."""
+    logits = model(input_ids).float()
+    denominators = logits.logsumexp(-1)[targets != project.IGNORE]
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=project.IGNORE, reduction="sum")
+    return loss + 1e-4 * denominators.square().sum(), (logits.argmax(-1) == targets).sum()
+
+
+RECIPES = {
+    "plain": Recipe({"dropout": 0.1}, Plain, optimizers=plain_optimizers,
+                    schedule=lambda *arguments: 1, batches=random_batches, plain=True),
+    "ours": Recipe(),
+    "AdamW alone": Recipe(optimizers=adamw_alone),
+    "AdamW alone, dropout 0.1": Recipe({"dropout": 0.1}, optimizers=adamw_alone),
+    **{f"AdamW alone, {rate:g}": Recipe({"learning_rate": rate}, optimizers=adamw_alone) for rate in (1e-3, 3e-3)},
+    **{f"learning rate {rate:g}": Recipe({"learning_rate": rate}) for rate in (1e-4, 6e-4, 1e-3)},
+    **{f"Muon's rate {rate:g}": Recipe({"muon_learning_rate": rate}) for rate in (0.005, 0.01, 0.04)},
+    **{f"embedding and head x {factor}": Recipe(optimizers=regrouped(OUTER, lr=times(factor / 10)))
+       for factor in (1, 3, 30)},
+    "vectors x 10": Recipe(optimizers=regrouped(VECTORS, lr=times(10))),
+    **{f"warm-up {steps}": Recipe({"warmup_steps": steps}) for steps in (0, 20)},
+    "constant rate": Recipe(schedule=constant),
+    "cosine": Recipe(schedule=cosine),
+    "cool-down over the last half": Recipe(schedule=cooldown),
+    "beta2 0.95": Recipe(optimizers=regrouped(ADAMW, betas=(0.9, 0.95))),
+    "beta2 0.999": Recipe(optimizers=regrouped(ADAMW, betas=(0.9, 0.999))),
+    "beta1 0.8": Recipe(optimizers=regrouped(ADAMW, betas=(0.8, 0.99))),
+    "epsilon 1e-10": Recipe(optimizers=regrouped(ADAMW, eps=1e-10)),
+    "weight decay 0": Recipe({"weight_decay": 0.0}),
+    "weight decay 0.3": Recipe({"weight_decay": 0.3}),
+    "weight decay of AdamW alone": Recipe(optimizers=regrouped(MUON, weight_decay=0.0)),
+    "no clipping": Recipe({"grad_clip": 1e9}),
+    "dropout 0.1": Recipe({"dropout": 0.1}),
+    "dropout 0.2": Recipe({"dropout": 0.2}),
+    "embedding of std 0.006": Recipe(change=scaled(("wte", "wpe"), 0.3)),
+    "embedding of std 0.1": Recipe(change=scaled(("wte", "wpe"), 5)),
+    "embedding of std 1": Recipe(change=scaled(("wte", "wpe"), 50)),
+    "sinusoid x 0.3": Recipe(change=scaled(("wpe",), 0.3)),
+    "sinusoid x 3": Recipe(change=scaled(("wpe",), 3)),
+    "learned positions": Recipe(change=learned_positions, optimizers=with_positions),
+    "zero head": Recipe(change=scaled(("lm_head",), 0)),
+    "zero c_proj": Recipe(change=scaled(("c_proj",), 0)),
+    "c_proj not scaled by depth": Recipe(change=scaled(("c_proj",), 2)),
+    "blocks of 1 over sqrt(fan-in)": Recipe(change=fan_in),
+    "average 0.99": Recipe(average=0.99),
+    "random batches": Recipe(batches=random_batches),
+    "z-loss": Recipe(loss=z_loss),
+}
+
+# --- One run ---------------------------------------------------------------------------------------------------------
+
+
+def train(name, seed, base, device, precision):
+    """Train and score a recipe. Returns (figures, model)."""
+    recipe = RECIPES[name]
+    settings = replace(base, **recipe.settings)
+    train_set, test_set, tokenizer, _ = project.prepare_stories(settings, None)  # its split is that of --seed, always
+    torch.manual_seed(seed)
+    model = recipe.model(project.model_config(settings, tokenizer), tokenizer)
+    recipe.change(model)
+    model.to(device).train()
+    test_batches = project.epoch_batches(test_set.lengths, settings.batch_size, settings.seed, 0)
+    optimizers = recipe.optimizers(model, settings, project.DTYPES[precision])
+    groups = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
+    autocast = torch.autocast(device, project.DTYPES[precision], enabled=precision != "fp32")
+    per_epoch = math.ceil(math.ceil(len(train_set.lengths) / settings.batch_size) / settings.accum_steps)
+    n_steps = min(settings.max_steps or math.inf, settings.epochs * per_epoch)
+    step, curve, losses, norms, average, started = 0, [], [], [], None, time.monotonic()
+    for epoch in range(1, math.ceil(n_steps / per_epoch) + 1):
+        if recipe.plain and epoch == 2:
+            model.eval()  # writing a sample after the first epoch has done it, and nobody undoes it
+        batches = recipe.batches(train_set.lengths, settings.batch_size, seed, epoch)
+        loader = iter(project.make_loader(train_set.ids, batches))
+        while (window := list(islice(loader, settings.accum_steps))) and step < n_steps:
+            for group, peak in groups:
+                group["lr"] = peak * recipe.schedule(step, n_steps, settings.warmup_steps)
+            if recipe.plain:
+                losses.append(plain_backward(model, window, settings.accum_steps, autocast))
+            else:
+                loss, _, n_tokens = project.backward(model, window, recipe.loss, autocast)
+                losses.append(float(loss) / n_tokens)
+                norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)))
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            step += 1
+            if recipe.average:
+                keep = min(recipe.average, step / (step + 10))
+                average = average or [weight.detach().clone() for weight in model.parameters()]
+                torch._foreach_lerp_(average, list(model.parameters()), 1 - keep)
+            if step % max(1, n_steps // 20) == 0:  # on a part of the test stories
+                curve.append([step, statistics.fmean(losses), score(model, test_set, test_batches[:12])["own"]])
+                losses.clear()
+                print(f"{name}, {step} of {n_steps}: {curve[-1][2]:.3f}", flush=True)
+    if average:
+        for weight, mean in zip(model.parameters(), average, strict=True):
+            weight.data.copy_(mean)
+    figures = {"recipe": name, "seed": seed, "steps": n_steps, "seconds": time.monotonic() - started, "curve": curve,
+               "clipped": float(np.mean(np.array(norms) > settings.grad_clip)) if norms else 0.0}
+    return figures | score(model, test_set, test_batches), model
+
+
+def plain_backward(model, window, accum_steps, autocast):
+    """The mean of the batches' means, and no gradient for the end of a story: that token was also the padding."""
+    total = 0.0
+    for input_ids, targets in window:
+        input_ids, targets = input_ids.to(model.device), targets.to(model.device)
+        targets = targets.masked_fill(targets == model.tokenizer.eos_token_id, project.IGNORE)
+        with autocast:
+            logits = model(input_ids)
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=project.IGNORE)
+        (loss / accum_steps).backward()
+        total += float(loss) / len(window)
+    return total
+
+
+@torch.no_grad()
+def score(model, test_set, batches):
+    """Nats a token over the stories, in fp32: of their own tokens, and of all with <|endoftext|>; bits per byte."""
+    eos, vocabulary = model.tokenizer.eos_token_id, model.config.vocab_size
+    # In a byte-level vocabulary each character stands for a byte.
+    sizes = torch.tensor([len(token) for token in model.tokenizer.convert_ids_to_tokens(list(range(vocabulary)))])
+    own = end = n_own = n_end = n_bytes = 0
+    with project.evaluation_mode(model):
+        for input_ids, targets in project.make_loader(test_set.ids, batches):
+            logits = model(input_ids.to(model.device)).float().flatten(0, 1)
+            losses = F.cross_entropy(logits, targets.flatten().to(model.device), ignore_index=project.IGNORE,
+                                     reduction="none").cpu()
+            targets = targets.flatten()
+            is_end, is_own = targets == eos, (targets != eos) & (targets != project.IGNORE)
+            own, end = own + losses[is_own].double().sum(), end + losses[is_end].double().sum()
+            n_own, n_end, n_bytes = n_own + is_own.sum(), n_end + is_end.sum(), n_bytes + sizes[targets[is_own]].sum()
+    return {"own": float(own / n_own), "all": float((own + end) / (n_own + n_end)),
+            "bits_per_byte": float(own / n_bytes) / math.log(2)}
+
+
+def write_stories(model):
+    """What a model writes: a greedy and a sampled story of each prompt, and two shares over 5 more samples of each."""
+    stories, ended, repeated = [], [], []
+    for prompt in PROMPTS:
+        greedy = project.generate_text(model, prompt, 300, "sample", top_k=1)
+        samples = project.generate_text(model, prompt, 300, "sample", temperature=0.8, num_samples=5, seed=1)
+        stories.append([prompt, greedy, samples[0]])
+        for text in samples:
+            ids = project.encode(model.tokenizer, text)
+            # Decoded and encoded again a text may have a token less.
+            ended.append(len(ids) < len(project.encode(model.tokenizer, prompt)) + 295)
+            grams = [tuple(ids[i : i + 4]) for i in range(len(ids) - 3)]
+            repeated.append(1 - len(set(grams)) / len(grams))
+    return {"stories": stories, "ended": statistics.fmean(ended), "repeated": statistics.fmean(repeated)}
+
+
+def work(name, seed, settings, device, precision, threads, out):
+    torch.set_num_threads(threads)
+    if device == "cpu":
+        project.keep_freed_memory()
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    figures, model = train(name, seed, settings, device, precision)
+    if name in ("plain", "ours"):
+        figures |= write_stories(model)
+    file = out / f"{name}, seed {seed}.json"
+    file.with_suffix(".tmp").write_text(json.dumps(figures, indent=1), encoding="utf-8")
+    file.with_suffix(".tmp").replace(file)
+
+
+# --- All runs, and the report ----------------------------------------------------------------------------------------
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=RECIPES, default=list(RECIPES), metavar="RECIPE")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1])
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--out", type=Path, default=Path("quality"), help="folder of the results")
+    options, rest = parser.parse_known_args()
+    settings = project.parse(project.Settings, "", [*SMALL, "--checkpoints", str(options.out), *rest])
+    device = project.pick_device(settings.device)
+    precision = project.pick_precision(settings.precision, device)
+    project.prepare_stories(settings, None)  # once, before many do
+    runs = [(name, seed) for seed in options.seeds for name in options.only]
+    runs = [(name, seed) for name, seed in runs if not (options.out / f"{name}, seed {seed}.json").exists()]
+    threads = max(1, torch.get_num_threads() // options.jobs)
+    with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
+        futures = [pool.submit(work, *run, settings, device, precision, threads, options.out) for run in runs]
+        for future in as_completed(futures):
+            future.result()
+    report(options.out)
+
+
+def report(out):
+    results = {}
+    for file in sorted(out.glob("*.json")):
+        result = json.loads(file.read_text(encoding="utf-8"))
+        results.setdefault(result["recipe"], []).append(result)
+    keys = "own", "all", "bits_per_byte", "seconds"
+    mean = {name: {key: statistics.fmean(run[key] for run in runs) for key in keys} for name, runs in results.items()}
+    to = mean.get("ours", {"own": math.nan})["own"]
+    print("| recipe | seeds | own: mean, lowest to highest | to ours | perplexity | all | bits per byte | time |\n"
+          "|---|---|---|---|---|---|---|---|")
+    for name in sorted(results, key=lambda name: mean[name]["own"]):
+        losses, figures = [run["own"] for run in results[name]], mean[name]
+        print(f"| {name} | {len(losses)} | {figures['own']:.4f}, {min(losses):.4f} to {max(losses):.4f} | "
+              f"{figures['own'] - to:+.4f} | {math.exp(figures['own']):.2f} | {figures['all']:.4f} | "
+              f"{figures['bits_per_byte']:.4f} | {figures['seconds']:,.0f} s |")
+    if {"plain", "ours"} <= results.keys():
+        plain, ours = results["plain"], results["ours"]
+        ratio = math.exp(mean["ours"]["own"] - mean["plain"]["own"])
+        print(f"\nperplexity of ours: {ratio:.3f} x that of plain")
+        draw_curves(out / "curves.png", plain, ours)
+        write_samples(out / "samples.md", plain, ours)
+
+
+def draw_curves(path, plain, ours):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for runs, color, label in ((plain, "C3", "the tutorials' loop"), (ours, "C0", "gpt2_tinystories.py")):
+        for run in runs:
+            steps, _, losses = zip(*run["curve"], strict=True)
+            axes.plot(steps, np.exp(losses), color=color, label=label, linewidth=1.5)
+            label = None
+    axes.set(yscale="log", xlabel="optimizer step", ylabel="perplexity of held-out stories, own tokens",
+             title="The same stories, tokenizer, size, learning rate and number of steps")
+    axes.yaxis.set_major_formatter("{x:.0f}")
+    axes.yaxis.set_minor_formatter("{x:.0f}")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def write_samples(path, plain, ours):
+    def cell(text, prompt):
+        return text.removeprefix(prompt).replace("|", "/").replace("\n", "<br>")
+
+    lines = ["# What the two write", "",
+             "The first seed's models. `plain` never sees the end of a story, so it goes on until it is stopped.", "",
+             "| | plain | ours |", "|---|---|---|"]
+    for key, label in (("ended", "stories that end by themselves within 300 tokens"),
+                       ("repeated", "4-grams that were in the story before")):
+        lines.append(f"| {label} | {plain[0][key]:.0%} | {ours[0][key]:.1%} |")
+    for column, method in ((1, "Greedy"), (2, "Sampled, temperature 0.8")):
+        lines += ["", f"## {method}", "", "| prompt | plain | ours |", "|---|---|---|"]
+        for a, b in zip(plain[0]["stories"], ours[0]["stories"], strict=True):
+            lines.append(f"| {a[0]} | {cell(a[column], a[0])} | {cell(b[column], b[0])} |")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    project.run(main)
