@@ -41,6 +41,7 @@ PROMPTS = ["Once upon a time, in a small village", "Tom had a red kite", "Lily a
            "The big dog was very hungry", "One rainy day, a little frog", "Mia wanted to bake a cake",
            "There was an old tree in the garden", "The sun was hot and the cat", "Max found a shiny key",
            "\"Can we go to the beach?\" asked Anna"]
+TEMPERATURE = 0.8
 
 # --- The recipes -----------------------------------------------------------------------------------------------------
 
@@ -304,31 +305,50 @@ def score(model, test_set, batches):
             "bits_per_byte": float(own / n_bytes) / math.log(2)}
 
 
-def write_stories(model):
-    """What a model writes: a greedy and a sampled story of each prompt, and two shares over 5 more samples of each."""
+@torch.no_grad()
+def write_stories(model, length):
+    """What a model writes: of each prompt a greedy and a sampled story, and two shares, taken over 5 sampled ones."""
+    eos, vocabulary = model.tokenizer.eos_token_id, model.config.vocab_size
+    generator = torch.Generator(model.device)
+
+    def greedy(x):
+        return model.lm_head(x)[:, :vocabulary].argmax(-1)
+
+    def sampled(x):
+        probabilities = project.next_probabilities(model.lm_head(x)[:, :vocabulary], TEMPERATURE, 0, 1.0)
+        return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+
     stories, ended, repeated = [], [], []
     for prompt in PROMPTS:
-        greedy = project.generate_text(model, prompt, 300, "sample", top_k=1)
-        samples = project.generate_text(model, prompt, 300, "sample", temperature=0.8, num_samples=5, seed=1)
-        stories.append([prompt, greedy, samples[0]])
-        for text in samples:
-            ids = project.encode(model.tokenizer, text)
-            # Decoded and encoded again a text may have a token less.
-            ended.append(len(ids) < len(project.encode(model.tokenizer, prompt)) + 295)
-            grams = [tuple(ids[i : i + 4]) for i in range(len(ids) - 3)]
-            repeated.append(1 - len(set(grams)) / len(grams))
+        ids, texts = project.encode_prompt(model, prompt), []
+        for choose, n_samples in ((greedy, 1), (sampled, 5)):
+            generator.manual_seed(1)
+            rows = torch.tensor([ids] * n_samples, device=model.device)
+            with project.evaluation_mode(model):
+                rows = project.continue_rows(model, rows, length, choose, None).tolist()
+            texts += [model.tokenizer.decode(row[: (row + [eos]).index(eos)]) for row in rows]
+        # The rows stop when the last one ends, whose end is not among them.
+        ended += [eos in row or len(row) < len(ids) + length for row in rows]
+        repeated += [share_repeated(project.encode(model.tokenizer, text)) for text in texts[1:]]
+        stories.append([prompt, *texts[:2]])
     return {"stories": stories, "ended": statistics.fmean(ended), "repeated": statistics.fmean(repeated)}
 
 
-def work(name, seed, settings, device, precision, threads, out):
+def share_repeated(ids):
+    """The share of the 4-grams that were there before."""
+    grams = list(zip(ids, ids[1:], ids[2:], ids[3:], strict=False))
+    return 1 - len(set(grams)) / max(1, len(grams))
+
+
+def work(name, seed, settings, device, precision, threads, options):
     torch.set_num_threads(threads)
     if device == "cpu":
         project.keep_freed_memory()
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     figures, model = train(name, seed, settings, device, precision)
     if name in ("plain", "ours"):
-        figures |= write_stories(model)
-    file = out / f"{name}, seed {seed}.json"
+        figures |= write_stories(model, options.length)
+    file = options.out / f"{name}, seed {seed}.json"
     file.with_suffix(".tmp").write_text(json.dumps(figures, indent=1), encoding="utf-8")
     file.with_suffix(".tmp").replace(file)
 
@@ -341,6 +361,7 @@ def main():
     parser.add_argument("--only", nargs="+", choices=RECIPES, default=list(RECIPES), metavar="RECIPE")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1])
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--length", type=int, default=300, help="tokens of a story that plain and ours write")
     parser.add_argument("--out", type=Path, default=Path("quality"), help="folder of the results")
     options, rest = parser.parse_known_args()
     settings = project.parse(project.Settings, "", [*SMALL, "--checkpoints", str(options.out), *rest])
@@ -351,7 +372,7 @@ def main():
     runs = [(name, seed) for name, seed in runs if not (options.out / f"{name}, seed {seed}.json").exists()]
     threads = max(1, torch.get_num_threads() // options.jobs)
     with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
-        futures = [pool.submit(work, *run, settings, device, precision, threads, options.out) for run in runs]
+        futures = [pool.submit(work, *run, settings, device, precision, threads, options) for run in runs]
         for future in as_completed(futures):
             future.result()
     report(options.out)
@@ -409,7 +430,7 @@ def write_samples(path, plain, ours):
     for key, label in (("ended", "stories that end by themselves within 300 tokens"),
                        ("repeated", "4-grams that were in the story before")):
         lines.append(f"| {label} | {plain[0][key]:.0%} | {ours[0][key]:.1%} |")
-    for column, method in ((1, "Greedy"), (2, "Sampled, temperature 0.8")):
+    for column, method in ((1, "Greedy"), (2, f"Sampled, temperature {TEMPERATURE}")):
         lines += ["", f"## {method}", "", "| prompt | plain | ours |", "|---|---|---|"]
         for a, b in zip(plain[0]["stories"], ours[0]["stories"], strict=True):
             lines.append(f"| {a[0]} | {cell(a[column], a[0])} | {cell(b[column], b[0])} |")

@@ -1,10 +1,15 @@
 """The benchmarks run, in small; what they measure is not judged here."""
 
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from conftest import TINY, make_config, read_run
+
+import gpt2_tinystories as project
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
@@ -16,12 +21,16 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
         ("generate_speed.py --tokenizer bpe:400 --max-length 5 --rounds 1", 2),
         ("train_speed.py --only ours --data sample --rounds 1 --steps 1 --batch-size 1 --device cpu --profile", 1),
         ("train_speed.py --data sample --rounds 1 --steps 1 --batch-size 1 --device cpu --only hf-default ours", 2),
+        (
+            "quality.py --data sample --fraction 0.01 --max-steps 2 --only plain ours z-loss --length 3 --tokenizer bpe:400",
+            3,
+        ),
     ],
 )
 def test_a_benchmark_prints_its_table(command, rows, tmp_path):
     pytest.importorskip("resource", reason="the benchmarks ask Unix how much memory a process has had")
     script, *arguments = command.split()
-    if script.startswith("generate"):
+    if script.startswith(("generate", "quality")):
         arguments += ["--device", "cpu"]
     ran = subprocess.run(
         [sys.executable, FOLDER / script, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=300
@@ -29,3 +38,60 @@ def test_a_benchmark_prints_its_table(command, rows, tmp_path):
     assert ran.returncode == 0, ran.stderr
     _, *table = [line for line in ran.stdout.splitlines() if line.startswith("| ")]
     assert len(table) == rows
+
+
+@pytest.fixture
+def quality(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    import quality
+
+    return quality
+
+
+def test_ours_in_the_benchmark_of_quality_is_what_the_script_does(quality, workspace):
+    """The same seed in both: the same weights, the same batches, the same updates."""
+    project.main(TINY.split())
+    settings = project.parse(project.Settings, "", TINY.split())
+    figures, _ = quality.train("ours", settings.seed, settings, "cpu", project.pick_precision("auto", "cpu"))
+    _, record = read_run()
+    assert figures["steps"] == record["steps"]
+    assert figures["all"] == pytest.approx(record["epochs"][-1]["test_loss"], abs=1e-5)
+
+
+def test_the_score_counts_each_token_once(quality, model, encoded):
+    """Story by story, with and without <|endoftext|>; the bytes are those of the text."""
+    own = end = n_own = n_bytes = 0
+    for story in encoded.ids:
+        ids = torch.tensor([story.as_py()])
+        losses = -model(ids[:, :-1])[0].log_softmax(-1)[range(ids.size(1) - 1), ids[0, 1:]]
+        is_end = ids[0, 1:] == model.tokenizer.eos_token_id
+        own, end = own + losses[~is_end].sum().item(), end + losses[is_end].sum().item()
+        n_own += (~is_end).sum().item()
+        n_bytes += len(model.tokenizer.decode(ids[0, 1:][~is_end]).encode())
+    scores = quality.score(model, encoded, project.epoch_batches(encoded.lengths, 7, 0, 0))
+    assert scores["own"] == pytest.approx(own / n_own, rel=1e-5)
+    assert scores["all"] == pytest.approx((own + end) / encoded.lengths.sum(), rel=1e-5)
+    assert scores["bits_per_byte"] == pytest.approx(own / n_bytes / math.log(2), rel=1e-5)
+
+
+def test_the_plain_model_is_that_of_pytorch(quality, tokenizer):
+    """Post-LayerNorm with ReLU: nn.TransformerEncoderLayer with the same weights."""
+    model = quality.Plain(make_config(tokenizer), tokenizer).eval()
+    ids = torch.randint(0, 400, (2, 20))
+    x = model.wte.weight[ids] * math.sqrt(32) + project.sinusoid(64, 32)[:20]
+    for block in model.h:
+        theirs = torch.nn.TransformerEncoderLayer(32, 2, 64, 0.0, "relu", batch_first=True).eval()
+        for mine, other in (
+            (block.attn.c_attn.weight, theirs.self_attn.in_proj_weight),
+            (block.attn.c_attn.bias, theirs.self_attn.in_proj_bias),
+            (block.attn.c_proj.weight, theirs.self_attn.out_proj.weight),
+            (block.attn.c_proj.bias, theirs.self_attn.out_proj.bias),
+            (block.mlp.c_fc.weight, theirs.linear1.weight),
+            (block.mlp.c_fc.bias, theirs.linear1.bias),
+            (block.mlp.c_proj.weight, theirs.linear2.weight),
+            (block.mlp.c_proj.bias, theirs.linear2.bias),
+        ):
+            other.data.copy_(mine)
+        x = theirs(x, torch.nn.Transformer.generate_square_subsequent_mask(20), is_causal=True)
+    expected = x @ model.lm_head.weight.T + model.lm_head.bias
+    torch.testing.assert_close(model(ids), expected, rtol=1e-4, atol=1e-4)
