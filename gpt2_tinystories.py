@@ -722,8 +722,8 @@ def schedule(step, n_steps, warmup_steps):
 
 class Muon(torch.optim.Optimizer):
     """Momentum made orthogonal, so that a matrix learns as fast in all directions (Jordan et al., "Muon: An optimizer
-    for hidden layers in neural networks", 2024): torch.optim.Muon, but in any format of the matrix products. That one
-    has bf16, on a CPU without instructions for it twenty times slower than fp32."""
+    for hidden layers in neural networks", 2024). As torch.optim.Muon, but for its products' format: there it is
+    always bf16, very slow on a CPU that has no instructions for it."""
 
     def __init__(self, groups, dtype):
         super().__init__(groups, {})
@@ -736,33 +736,34 @@ class Muon(torch.optim.Optimizer):
                 if not self.state[weight]:
                     self.state[weight]["momentum"] = torch.zeros_like(weight)
                 momentum = self.state[weight]["momentum"].lerp_(weight.grad, 0.05)
-                update = orthogonal(weight.grad.lerp(momentum, 0.95).to(self.dtype))  # Nesterov's look ahead
+                update = orthogonalize(weight.grad.lerp(momentum, 0.95), self.dtype)  # Nesterov's look ahead
                 n_out, n_in = weight.shape
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
                 weight.add_(update, alpha=-group["lr"] * math.sqrt(max(1, n_out / n_in)))
 
 
-def orthogonal(x):
+def orthogonalize(x, dtype):
     """A matrix with the singular vectors of x (M, N) and singular values near 1, by five Newton-Schulz iterations. The
     coefficients, of Jordan et al., bring small values up fast, and all of them to between 0.7 and 1.2 only."""
     if len(x) > x.size(1):
-        return orthogonal(x.T).T
-    x = x / x.norm().clamp(min=1e-7)
+        return orthogonalize(x.T, dtype).T
+    x = (x / x.norm().clamp(min=1e-30)).to(dtype)
     for _ in range(5):
-        square = x @ x.T
-        x = 3.4445 * x + (2.0315 * square @ square - 4.7750 * square) @ x
+        gram = x @ x.T
+        x = 3.4445 * x + (2.0315 * gram @ gram - 4.7750 * gram) @ x
     return x
 
 
 def make_optimizers(model, settings, dtype):
-    """Muon for the matrices of the blocks, AdamW for the rest, with ten times the rate for embedding and head."""
-    outer, inner = [model.wte.weight, model.lm_head.weight], [w for w in model.h.parameters() if w.dim() == 2]
+    """AdamW, with ten times the rate for embedding and head, and Muon for the matrices of the layers, with products in
+    dtype."""
+    hidden = [weight for weight in model.h.parameters() if weight.dim() == 2]
     vectors = [weight for weight in model.parameters() if weight.dim() == 1]
     rate, decay = settings.learning_rate, settings.weight_decay
-    groups = [{"params": outer, "lr": 10 * rate, "weight_decay": decay},
+    groups = [{"params": [model.wte.weight, model.lm_head.weight], "lr": 10 * rate, "weight_decay": decay},
               {"params": vectors, "lr": rate, "weight_decay": 0.0}]
     return [torch.optim.AdamW(groups, betas=(0.9, 0.99), fused=True),
-            Muon([{"params": inner, "lr": settings.muon_learning_rate, "weight_decay": decay}], dtype)]
+            Muon([{"params": hidden, "lr": settings.muon_learning_rate, "weight_decay": decay}], dtype)]
 
 
 # --- Evaluation ------------------------------------------------------------------------------------------------------
@@ -1025,8 +1026,10 @@ def update(model, window, optimizers, grad_clip, scaler, score, autocast):
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    if not scaler.is_enabled() or norm.isfinite():  # a gradient that overflows in fp16 is skipped, the scale reduced
+        for optimizer in optimizers:
+            optimizer.step()
     for optimizer in optimizers:
-        scaler.step(optimizer)  # which skips an overflow of fp16
         optimizer.zero_grad()
     scaler.update()
     return loss, right, ~torch.isfinite(loss if scaler.is_enabled() else norm), n_tokens
@@ -1066,7 +1069,7 @@ def drain(pending, progress, record, scaler):
     for step, ((loss, right, bad), (*_, n_tokens)) in enumerate(zip(sums, pending, strict=True), first):
         if bad or always_too_large:
             raise InputError(f"step {step}: the loss or its gradient is not finite, the run stops; "
-                             f"{last_save(record)}. Try a smaller --learning-rate, or --precision fp32")
+                             f"{last_save(record)}. Try smaller learning rates, or --precision fp32")
         for name, value in (("loss", loss), ("right", right), ("tokens", n_tokens)):
             progress[name] += value
         progress["point"] = [progress["point"][0] + loss, progress["point"][1] + n_tokens]
@@ -1083,9 +1086,9 @@ def last_save(record):
 
 
 def save_last(folder, model, record, progress, optimizers, scaler):
-    """Save the point from which an interrupted run continues; where that fails, the weights alone, a third as large."""
-    state = {"progress": progress, "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-             "scaler": scaler.state_dict()}
+    """Save the point from which an interrupted run continues; where that fails, the weights alone."""
+    moments = [optimizer.state_dict()["state"] for optimizer in optimizers]
+    state = {"progress": progress, "moments": moments, "scaler": scaler.state_dict()}
     try:
         save_checkpoint(folder / "last", model, record | {"step": progress["step"]}, state=state)
         record["step"] = progress["step"]
@@ -1106,10 +1109,13 @@ def restore_last(folder, optimizers, scaler):
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
             progress = {name: type(first)(state["progress"][name]) for name, first in progress.items()}
-            for optimizer, values in zip(optimizers, state["optimizers"], strict=True):
-                optimizer.load_state_dict(values)
-                for weight, moments in optimizer.state.items():
-                    if any(moment.dim() and moment.shape != weight.shape for moment in moments.values()):
+            for optimizer, moments in zip(optimizers, state["moments"], strict=True):
+                groups = optimizer.state_dict()["param_groups"]
+                optimizer.load_state_dict({"state": moments, "param_groups": groups})
+                names = {"momentum"} if isinstance(optimizer, Muon) else {"step", "exp_avg", "exp_avg_sq"}
+                for weight, values in optimizer.state.items():
+                    shapes = {values[name].shape for name in names - {"step"}}
+                    if values.keys() != names or shapes != {weight.shape}:
                         raise ValueError("the optimizer's state is of other weights")
             if state["scaler"]:
                 scaler.load_state_dict(state["scaler"])
@@ -1135,9 +1141,7 @@ def train(model, train_set, test_set, settings, record, precision):
     scaler = torch.amp.GradScaler(device, enabled=precision == "fp16")
     optimizers = make_optimizers(model, settings, DTYPES[precision])
     progress = restore_last(folder, optimizers, scaler)
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    for group in groups:
-        group.setdefault("initial_lr", group["lr"])  # the peak
+    groups = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
     compiling = settings.compile == "on" or (settings.compile == "auto" and device == "cuda")
     scorer = compile_score(model, next(iter(test_loader)), autocast) if compiling else score
     n_steps, per_epoch, noted, saved_at = record["steps"], record["steps_per_epoch"], False, time.monotonic()
@@ -1155,8 +1159,8 @@ def train(model, train_set, test_set, settings, record, precision):
         with signals_noted() as signals:
             while window := list(islice(loader, accum_steps)):
                 torch.manual_seed(settings.seed * 1_000_003 + progress["step"])  # dropout depends on the step alone
-                for group in groups:
-                    group["lr"] = group["initial_lr"] * schedule(progress["step"], n_steps, settings.warmup_steps)
+                for group, peak in groups:
+                    group["lr"] = peak * schedule(progress["step"], n_steps, settings.warmup_steps)
                 pending.append(update(model, window, optimizers, settings.grad_clip, scaler, scorer, autocast))
                 progress["step"] += 1
                 if libc and progress["step"] % 2 == 0:
