@@ -1,20 +1,22 @@
 """What each ingredient of the recipe is worth: models trained on the same stories for as many steps, scored alike.
 
-    python benchmarks/quality.py --only plain ours --seeds 1 2 3
+    python benchmarks/quality.py --only plain ours --seeds 1 2
     python benchmarks/quality.py --max-steps 500 --out quality_500            all recipes, short
     python benchmarks/quality.py --tokenizer gpt2 --n-embd 768 --n-head 12 --n-inner 1536 --epochs 5     on a GPU
 
-Other flags are those of gpt2_tinystories.py. The default is a small model that a CPU trains in 10 minutes: 2 epochs of
-all stories, a tokenizer of 2048, 256 wide. `plain` is the loop that tutorials copy, `ours` is gpt2_tinystories.py as it
-is, and each of the others is `ours` with the one change that its name says.
+Other flags are those of gpt2_tinystories.py. The default is a small model for a CPU: 2 epochs of all stories, a
+tokenizer of 2048, 256 wide. `ours` is gpt2_tinystories.py as it is (without torch.compile), and the others are `ours`
+but for what their names say. `plain` is the loop that tutorials copy: post-LayerNorm and ReLU, PyTorch's own first
+weights, embeddings of N(0, 1) times sqrt(n_embd), AdamW with its default arguments at a constant --learning-rate, no
+clipping, batches in random order whose mean losses are averaged, <|endoftext|> masked like padding, and dropout 0.1,
+which is off from the second epoch on, as writing a sample has called model.eval().
 
 Each run leaves a .json in --out and is not repeated while that is there; the table is made from all of them. Losses are
 nats a token over the held-out stories, every token counted once: "own" without <|endoftext|>, which a plain model never
-learns, "all" with it. Bits per byte are those of the own tokens, so they compare tokenizers, too. Where `plain` and
-`ours` are both there, curves.png compares how they learn, and samples.md what they write.
+learns, "all" with it. Bits per byte are those of the own tokens, in a byte-level vocabulary. Where `plain` and `ours`
+are both there, curves.png compares how they learn, and samples.md what they write.
 """
 
-import argparse
 import json
 import math
 import multiprocessing
@@ -23,7 +25,8 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cache
 from itertools import islice
 from pathlib import Path
 
@@ -111,32 +114,36 @@ def cooldown(*arguments):
     return share * min(1, 2 * (1 - done))
 
 
-def adamw_alone(model, settings, dtype):
-    matrices = [weight for weight in model.parameters() if weight.dim() == 2 and weight.requires_grad]
-    vectors = [weight for weight in model.parameters() if weight.dim() == 1]
-    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return [torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.99), fused=True)]
+def adamw_alone(factor=1):
+    """AdamW for all, with a factor to the rate of embedding and head."""
+
+    def make(model, settings, dtype):
+        adamw, muon = project.make_optimizers(model, settings, dtype)
+        outer, vectors = adamw.param_groups
+        outer["lr"] = factor * settings.learning_rate
+        adamw.add_param_group({**muon.param_groups[0], "lr": settings.learning_rate})
+        return [adamw]
+
+    return make
 
 
-def regrouped(which, **changes):
-    """Other settings of an optimizer's groups; which: its number, and which of its groups."""
+def other_groups(change):
+    """gpt2_tinystories.py's optimizers; change is given their groups: embedding and head, vectors, hidden matrices."""
 
     def make(model, settings, dtype):
         optimizers = project.make_optimizers(model, settings, dtype)
-        number, groups = which
-        for group in optimizers[number].param_groups[groups]:
-            for name, value in changes.items():
-                group[name] = value(group[name]) if callable(value) else value
+        change(*(group for optimizer in optimizers for group in optimizer.param_groups))
         return optimizers
 
     return make
 
 
-def times(factor):
-    return lambda rate: factor * rate
+def outer_rate(factor):
+    return other_groups(lambda outer, vectors, hidden: outer.update(lr=factor * outer["lr"]))
 
 
-OUTER, VECTORS, ADAMW, MUON = (0, slice(0, 1)), (0, slice(1, 2)), (0, slice(None)), (1, slice(None))
+def adam(**changes):
+    return other_groups(lambda outer, vectors, hidden: [group.update(changes) for group in (outer, vectors)])
 
 
 def scaled(names, factor):
@@ -149,6 +156,10 @@ def scaled(names, factor):
                     weight.mul_(factor)
 
     return change
+
+
+def unscaled(model):
+    scaled(("c_proj",), math.sqrt(2 * model.config.n_layer))(model)
 
 
 def fan_in(model):
@@ -165,7 +176,8 @@ def learned_positions(model):
 
 def with_positions(model, settings, dtype):
     optimizers = project.make_optimizers(model, settings, dtype)
-    optimizers[0].param_groups[0]["params"].append(model.wpe.weight)
+    outer, _ = optimizers[0].param_groups
+    outer["params"].append(model.wpe.weight)
     return optimizers
 
 
@@ -177,44 +189,49 @@ def z_loss(model, input_ids, targets):
     return loss + 1e-4 * denominators.square().sum(), (logits.argmax(-1) == targets).sum()
 
 
+PLAIN = {"model": Plain, "optimizers": plain_optimizers, "schedule": lambda *arguments: 1, "batches": random_batches,
+         "plain": True}
 RECIPES = {
-    "plain": Recipe({"dropout": 0.1}, Plain, optimizers=plain_optimizers,
-                    schedule=lambda *arguments: 1, batches=random_batches, plain=True),
+    "plain": Recipe({"dropout": 0.1}, **PLAIN),
     "ours": Recipe(),
-    "AdamW alone": Recipe(optimizers=adamw_alone),
-    "AdamW alone, dropout 0.1": Recipe({"dropout": 0.1}, optimizers=adamw_alone),
-    **{f"AdamW alone, {rate:g}": Recipe({"learning_rate": rate}, optimizers=adamw_alone) for rate in (1e-3, 3e-3)},
+    **{f"plain, {rate:g}": Recipe({"learning_rate": rate, "dropout": 0.1}, **PLAIN) for rate in (1e-3, 3e-3)},
+    "AdamW alone": Recipe(optimizers=adamw_alone()),
+    "AdamW alone, dropout 0.1": Recipe({"dropout": 0.1}, optimizers=adamw_alone()),
+    "AdamW alone, embedding and head x 10": Recipe(optimizers=adamw_alone(10)),
+    **{f"AdamW alone, {rate:g}": Recipe({"learning_rate": rate}, optimizers=adamw_alone()) for rate in (1e-3, 3e-3)},
     **{f"learning rate {rate:g}": Recipe({"learning_rate": rate}) for rate in (1e-4, 6e-4, 1e-3)},
     **{f"Muon's rate {rate:g}": Recipe({"muon_learning_rate": rate}) for rate in (0.005, 0.01, 0.04)},
-    **{f"embedding and head x {factor}": Recipe(optimizers=regrouped(OUTER, lr=times(factor / 10)))
-       for factor in (1, 3, 30)},
-    "vectors x 10": Recipe(optimizers=regrouped(VECTORS, lr=times(10))),
+    **{f"embedding and head x {factor}": Recipe(optimizers=outer_rate(factor / 10)) for factor in (1, 3, 30)},
+    "vectors x 10": Recipe(
+        optimizers=other_groups(lambda outer, vectors, hidden: vectors.update(lr=10 * vectors["lr"]))),
     **{f"warm-up {steps}": Recipe({"warmup_steps": steps}) for steps in (0, 20)},
     "constant rate": Recipe(schedule=constant),
     "cosine": Recipe(schedule=cosine),
     "cool-down over the last half": Recipe(schedule=cooldown),
-    "beta2 0.95": Recipe(optimizers=regrouped(ADAMW, betas=(0.9, 0.95))),
-    "beta2 0.999": Recipe(optimizers=regrouped(ADAMW, betas=(0.9, 0.999))),
-    "beta1 0.8": Recipe(optimizers=regrouped(ADAMW, betas=(0.8, 0.99))),
-    "epsilon 1e-10": Recipe(optimizers=regrouped(ADAMW, eps=1e-10)),
+    "beta2 0.95": Recipe(optimizers=adam(betas=(0.9, 0.95))),
+    "beta2 0.999": Recipe(optimizers=adam(betas=(0.9, 0.999))),
+    "beta1 0.8": Recipe(optimizers=adam(betas=(0.8, 0.99))),
+    "epsilon 1e-10": Recipe(optimizers=adam(eps=1e-10)),
     "weight decay 0": Recipe({"weight_decay": 0.0}),
     "weight decay 0.3": Recipe({"weight_decay": 0.3}),
-    "weight decay of AdamW alone": Recipe(optimizers=regrouped(MUON, weight_decay=0.0)),
+    "no weight decay in Muon": Recipe(
+        optimizers=other_groups(lambda outer, vectors, hidden: hidden.update(weight_decay=0.0))),
     "no clipping": Recipe({"grad_clip": 1e9}),
     "dropout 0.1": Recipe({"dropout": 0.1}),
     "dropout 0.2": Recipe({"dropout": 0.2}),
-    "embedding of std 0.006": Recipe(change=scaled(("wte", "wpe"), 0.3)),
-    "embedding of std 0.1": Recipe(change=scaled(("wte", "wpe"), 5)),
-    "embedding of std 0.3": Recipe(change=scaled(("wte", "wpe"), 15)),
-    "embedding of std 1": Recipe(change=scaled(("wte", "wpe"), 50)),
-    "embedding of std 0.1 without the sinusoid": Recipe(change=scaled(("wte",), 5)),
+    "embedding and sinusoid of std 0.006": Recipe(change=scaled(("wte", "wpe"), 0.3)),
+    "embedding and sinusoid of std 0.1": Recipe(change=scaled(("wte", "wpe"), 5)),
+    "embedding and sinusoid of std 0.3": Recipe(change=scaled(("wte", "wpe"), 15)),
+    "embedding and sinusoid of std 1": Recipe(change=scaled(("wte", "wpe"), 50)),
+    "embedding of std 0.1": Recipe(change=scaled(("wte",), 5)),
     "head of std 0.1": Recipe(change=scaled(("lm_head",), 5)),
     "sinusoid x 0.3": Recipe(change=scaled(("wpe",), 0.3)),
     "sinusoid x 3": Recipe(change=scaled(("wpe",), 3)),
-    "learned positions": Recipe(change=learned_positions, optimizers=with_positions),
+    "sinusoid x 10": Recipe(change=scaled(("wpe",), 10)),
+    "learned positions, as fast as the embedding": Recipe(change=learned_positions, optimizers=with_positions),
     "zero head": Recipe(change=scaled(("lm_head",), 0)),
     "zero c_proj": Recipe(change=scaled(("c_proj",), 0)),
-    "c_proj not scaled by depth": Recipe(change=scaled(("c_proj",), 2)),
+    "c_proj not scaled by depth": Recipe(change=unscaled),
     "blocks of 1 over sqrt(fan-in)": Recipe(change=fan_in),
     "average 0.99": Recipe(average=0.99),
     "random batches": Recipe(batches=random_batches),
@@ -224,57 +241,68 @@ RECIPES = {
 # --- One run ---------------------------------------------------------------------------------------------------------
 
 
+@cache
+def prepared(settings):
+    return project.prepare_stories(settings, None)
+
+
 def train(name, seed, base, device, precision):
-    """Train and score a recipe. Returns (figures, model)."""
+    """Train and score a recipe; the stories are split by base.seed, whatever the seed. Returns (figures, model)."""
     recipe = RECIPES[name]
     settings = replace(base, **recipe.settings)
-    train_set, test_set, tokenizer, _ = project.prepare_stories(settings, None)  # its split is that of --seed, always
+    train_set, test_set, tokenizer, data = prepared(base)
     torch.manual_seed(seed)
     model = recipe.model(project.model_config(settings, tokenizer), tokenizer)
     recipe.change(model)
     model.to(device).train()
+    libc = project.keep_freed_memory() if device == "cpu" else None
     test_batches = project.epoch_batches(test_set.lengths, settings.batch_size, settings.seed, 0)
     optimizers = recipe.optimizers(model, settings, project.DTYPES[precision])
     groups = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
     autocast = torch.autocast(device, project.DTYPES[precision], enabled=precision != "fp32")
-    per_epoch = math.ceil(math.ceil(len(train_set.lengths) / settings.batch_size) / settings.accum_steps)
-    n_steps = min(settings.max_steps or math.inf, settings.epochs * per_epoch)
-    step, curve, losses, norms, average, started = 0, [], [], [], None, time.monotonic()
+    scaler = torch.amp.GradScaler(device, enabled=precision == "fp16")
+    record = project.new_record(settings, data, model)
+    n_steps, per_epoch = record["steps"], record["steps_per_epoch"]
+    step, curve, losses, average, started = 0, [], [], [], time.monotonic()
     for epoch in range(1, math.ceil(n_steps / per_epoch) + 1):
         if recipe.plain and epoch == 2:
-            model.eval()  # writing a sample after the first epoch has done it, and nobody undoes it
+            model.eval()
         batches = recipe.batches(train_set.lengths, settings.batch_size, seed, epoch)
         loader = iter(project.make_loader(train_set.ids, batches))
-        while (window := list(islice(loader, settings.accum_steps))) and step < n_steps:
+        while step < n_steps and (window := list(islice(loader, settings.accum_steps))):
             for group, peak in groups:
                 group["lr"] = peak * recipe.schedule(step, n_steps, settings.warmup_steps)
             if recipe.plain:
-                losses.append(plain_backward(model, window, settings.accum_steps, autocast))
+                losses.append(plain_update(model, window, optimizers, settings.accum_steps, scaler, autocast))
             else:
-                loss, _, n_tokens = project.backward(model, window, recipe.loss, autocast)
+                loss, _, _, n_tokens = project.update(model, window, optimizers, settings.grad_clip, scaler,
+                                                      recipe.loss, autocast)
                 losses.append(float(loss) / n_tokens)
-                norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)))
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
             step += 1
+            if libc:
+                libc.malloc_trim(0)
             if recipe.average:
-                keep = min(recipe.average, step / (step + 10))
                 average = average or [weight.detach().clone() for weight in model.parameters()]
-                torch._foreach_lerp_(average, list(model.parameters()), 1 - keep)
+                with torch.no_grad():
+                    torch._foreach_lerp_(average, list(model.parameters()), 1 - min(recipe.average, step / (step + 10)))
             if step % max(1, n_steps // 20) == 0:  # on a part of the test stories
                 curve.append([step, statistics.fmean(losses), score(model, test_set, test_batches[:12])["own"]])
                 losses.clear()
                 print(f"{name}, {step} of {n_steps}: {curve[-1][2]:.3f}", flush=True)
-    if average:
-        for weight, mean in zip(model.parameters(), average, strict=True):
-            weight.data.copy_(mean)
-    figures = {"recipe": name, "seed": seed, "steps": n_steps, "seconds": time.monotonic() - started, "curve": curve,
-               "clipped": float(np.mean(np.array(norms) > settings.grad_clip)) if norms else 0.0}
+    for weight, mean in zip(model.parameters(), average, strict=False):
+        weight.data.copy_(mean)
+    figures = {"recipe": name, "seed": seed, "settings": fixed(base), "steps": n_steps,
+               "seconds": time.monotonic() - started, "curve": curve}
     return figures | score(model, test_set, test_batches), model
 
 
-def plain_backward(model, window, accum_steps, autocast):
+def fixed(settings):
+    """The settings that change the results, as a .json has them."""
+    free = {f.name for f in fields(settings) if f.metadata["free"]} - {"precision"}
+    return {name: value for name, value in asdict(settings).items() if name not in free}
+
+
+def plain_update(model, window, optimizers, accum_steps, scaler, autocast):
     """The mean of the batches' means, and no gradient for the end of a story: that token was also the padding."""
     total = 0.0
     for input_ids, targets in window:
@@ -283,8 +311,12 @@ def plain_backward(model, window, accum_steps, autocast):
         with autocast:
             logits = model(input_ids)
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=project.IGNORE)
-        (loss / accum_steps).backward()
-        total += float(loss) / len(window)
+        scaler.scale(loss / accum_steps).backward()
+        total += loss.item() / len(window)
+    for optimizer in optimizers:
+        scaler.step(optimizer)
+        optimizer.zero_grad()
+    scaler.update()
     return total
 
 
@@ -346,11 +378,10 @@ def share_repeated(ids):
 def work(name, seed, settings, device, precision, threads, options):
     torch.set_num_threads(threads)
     if device == "cpu":
-        project.keep_freed_memory()
-        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # as the script does, for dropout
     figures, model = train(name, seed, settings, device, precision)
     if name in ("plain", "ours"):
-        figures |= write_stories(model, options.length)
+        figures |= write_stories(model, options.length) | {"length": options.length}
     file = options.out / f"{name}, seed {seed}.json"
     file.with_suffix(".tmp").write_text(json.dumps(figures, indent=1), encoding="utf-8")
     file.with_suffix(".tmp").replace(file)
@@ -360,9 +391,9 @@ def work(name, seed, settings, device, precision, threads, options):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=RECIPES, default=list(RECIPES), metavar="RECIPE")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1])
+    parser = project.Parser(description=__doc__, formatter_class=project.HelpFormatter, allow_abbrev=False)
+    parser.add_argument("--only", nargs="+", choices=RECIPES, default=list(RECIPES), metavar="RECIPE", help="recipes")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1], help="of weights and batches, not of the split")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--length", type=int, default=300, help="tokens of a story that plain and ours write")
     parser.add_argument("--out", type=Path, default=Path("quality"), help="folder of the results")
@@ -370,6 +401,10 @@ def main():
     settings = project.parse(project.Settings, "", [*SMALL, "--checkpoints", str(options.out), *rest])
     device = project.pick_device(settings.device)
     precision = project.pick_precision(settings.precision, device)
+    project.require(options.jobs >= 1, "jobs", options.jobs, "must be at least 1")
+    for result in read_results(options.out):
+        if result["settings"] != fixed(settings):
+            raise project.InputError(f"{options.out} holds results of other settings; take another --out")
     project.prepare_stories(settings, None)  # once, before many do
     runs = [(name, seed) for seed in options.seeds for name in options.only]
     runs = [(name, seed) for name, seed in runs if not (options.out / f"{name}, seed {seed}.json").exists()]
@@ -381,23 +416,27 @@ def main():
     report(options.out)
 
 
+def read_results(out):
+    results = [json.loads(file.read_text(encoding="utf-8")) for file in out.glob("*.json")]
+    return sorted(results, key=lambda result: result["seed"])
+
+
 def report(out):
-    results = {}
-    for file in sorted(out.glob("*.json")):
-        result = json.loads(file.read_text(encoding="utf-8"))
-        results.setdefault(result["recipe"], []).append(result)
+    runs_of = {}
+    for result in read_results(out):
+        runs_of.setdefault(result["recipe"], []).append(result)
     keys = "own", "all", "bits_per_byte", "seconds"
-    mean = {name: {key: statistics.fmean(run[key] for run in runs) for key in keys} for name, runs in results.items()}
+    mean = {name: {key: statistics.fmean(run[key] for run in runs) for key in keys} for name, runs in runs_of.items()}
     to = mean.get("ours", {"own": math.nan})["own"]
     print("| recipe | seeds | own: mean, lowest to highest | to ours | perplexity | all | bits per byte | time |\n"
           "|---|---|---|---|---|---|---|---|")
-    for name in sorted(results, key=lambda name: mean[name]["own"]):
-        losses, figures = [run["own"] for run in results[name]], mean[name]
+    for name in sorted(runs_of, key=lambda name: (math.isnan(mean[name]["own"]), mean[name]["own"])):
+        losses, figures = [run["own"] for run in runs_of[name]], mean[name]
         print(f"| {name} | {len(losses)} | {figures['own']:.4f}, {min(losses):.4f} to {max(losses):.4f} | "
               f"{figures['own'] - to:+.4f} | {math.exp(figures['own']):.2f} | {figures['all']:.4f} | "
               f"{figures['bits_per_byte']:.4f} | {figures['seconds']:,.0f} s |")
-    if {"plain", "ours"} <= results.keys():
-        plain, ours = results["plain"], results["ours"]
+    if {"plain", "ours"} <= runs_of.keys():
+        plain, ours = runs_of["plain"], runs_of["ours"]
         ratio = math.exp(mean["ours"]["own"] - mean["plain"]["own"])
         print(f"\nperplexity of ours: {ratio:.3f} x that of plain")
         draw_curves(out / "curves.png", plain, ours)
@@ -415,7 +454,7 @@ def draw_curves(path, plain, ours):
             axes.plot(steps, np.exp(losses), color=color, label=label, linewidth=1.5)
             label = None
     axes.set(yscale="log", xlabel="optimizer step", ylabel="perplexity of held-out stories, own tokens",
-             title="The same stories, tokenizer, size, learning rate and number of steps")
+             title="The same stories, tokenizer, sizes and number of steps")
     axes.yaxis.set_major_formatter("{x:.0f}")
     axes.yaxis.set_minor_formatter("{x:.0f}")
     axes.grid(alpha=0.3, which="both")
@@ -424,18 +463,24 @@ def draw_curves(path, plain, ours):
 
 
 def write_samples(path, plain, ours):
+    seeds = {run["seed"] for run in plain} & {run["seed"] for run in ours}
+    if not seeds:
+        return
+    plain, ours = (next(run for run in runs if run["seed"] == min(seeds)) for runs in (plain, ours))
+
     def cell(text, prompt):
         return text.removeprefix(prompt).replace("|", "/").replace("\n", "<br>")
 
     lines = ["# What the two write", "",
-             "The first seed's models. `plain` never sees the end of a story, so it goes on until it is stopped.", "",
+             f"Both are of seed {min(seeds)}. `plain` has not learned to end a story: it goes on until it is stopped.",
+             "",
              "| | plain | ours |", "|---|---|---|"]
-    for key, label in (("ended", "stories that end by themselves within 300 tokens"),
+    for key, label in (("ended", f"stories that end by themselves within {ours['length']} tokens"),
                        ("repeated", "4-grams that were in the story before")):
-        lines.append(f"| {label} | {plain[0][key]:.0%} | {ours[0][key]:.1%} |")
+        lines.append(f"| {label} | {plain[key]:.1%} | {ours[key]:.1%} |")
     for column, method in ((1, "Greedy"), (2, f"Sampled, temperature {TEMPERATURE}")):
         lines += ["", f"## {method}", "", "| prompt | plain | ours |", "|---|---|---|"]
-        for a, b in zip(plain[0]["stories"], ours[0]["stories"], strict=True):
+        for a, b in zip(plain["stories"], ours["stories"], strict=True):
             lines.append(f"| {a[0]} | {cell(a[column], a[0])} | {cell(b[column], b[0])} |")
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 

@@ -45,14 +45,34 @@ def quality(monkeypatch):
     return quality
 
 
-def test_ours_in_the_benchmark_of_quality_is_what_the_script_does(quality, workspace):
+@pytest.mark.parametrize("arguments", ["--precision fp32", "--precision fp32 --max-steps 8", "--precision bf16"])
+def test_ours_in_the_benchmark_of_quality_is_what_the_script_does(arguments, quality, workspace):
     """The same seed in both: the same weights, the same batches, the same updates."""
-    project.main(TINY.split())
-    settings = project.parse(project.Settings, "", TINY.split())
-    figures, _ = quality.train("ours", settings.seed, settings, "cpu", project.pick_precision("auto", "cpu"))
+    project.main([*TINY.split(), *arguments.split()])
+    settings = project.parse(project.Settings, "", [*TINY.split(), *arguments.split()])
+    figures, _ = quality.train("ours", settings.seed, settings, "cpu", settings.precision)
     _, record = read_run()
     assert figures["steps"] == record["steps"]
     assert figures["all"] == pytest.approx(record["epochs"][-1]["test_loss"], abs=1e-5)
+
+
+def test_every_recipe_differs_from_ours(quality, workspace):
+    """All of them train, each weight by one optimizer, and end elsewhere than ours does."""
+    arguments = f"{TINY} --max-steps 12 --grad-clip 0.1"
+    settings = project.parse(project.Settings, "", arguments.split())
+    losses = {}
+    for name, recipe in quality.RECIPES.items():
+        torch.manual_seed(0)
+        train_set, _, tokenizer, _ = quality.prepared(settings)
+        model = recipe.model(project.model_config(settings, tokenizer), tokenizer)
+        recipe.change(model)
+        optimizers = recipe.optimizers(model, settings, torch.float32)
+        trained = [id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+        expected = [id(p) for p in model.parameters() if p.requires_grad or recipe.plain]
+        assert sorted(trained) == sorted(expected), name
+        losses[name] = quality.train(name, 1, settings, "cpu", "fp32")[0]["all"]
+    del losses["warm-up 20"]  # in so short a run no other than that of ours
+    assert len(set(losses.values())) == len(losses), losses
 
 
 def test_the_score_counts_each_token_once(quality, model, encoded):
