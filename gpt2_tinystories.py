@@ -553,8 +553,8 @@ class GPT(nn.Module):
             elif parameter.dim() == 2:  # what a block adds to its input is scaled down, as there are 2 n_layer of them
                 nn.init.normal_(parameter, std=std / math.sqrt(2 * config.n_layer) if "c_proj" in name else std)
         nn.init.zeros_(self.lm_head.weight.data[config.vocab_size :])
-        # A sinusoid's root mean square is sqrt(1/2): scaled to std, it is as large as the token embeddings.
-        position = math.sqrt(2) * std * sinusoid(config.n_positions, config.n_embd)
+        # A sinusoid's root mean square is sqrt(1/2). Scaled to 3 std, it is not drowned by token embeddings that grow.
+        position = 3 * math.sqrt(2) * std * sinusoid(config.n_positions, config.n_embd)
         self.wpe.weight = nn.Parameter(position, requires_grad=False)
 
     @property
