@@ -233,6 +233,10 @@ RECIPES = {
     "average 0.99": Recipe(average=0.99),
     "random batches": Recipe(batches=random_batches),
     "z-loss": Recipe(loss=z_loss),
+    # Those below differ in what a run costs.
+    **{f"{8 * n} stories a step": Recipe({"accum_steps": n}) for n in (1, 4)},
+    **{f"{width} wide": Recipe({"n_embd": width, "n_inner": 2 * width, "n_head": width // 64}) for width in (128, 512)},
+    **{f"{n} layers": Recipe({"n_layer": n}) for n in (1, 4)},
 }
 
 # --- One run ---------------------------------------------------------------------------------------------------------
@@ -470,7 +474,7 @@ def write_samples(path, plain, ours):
 
     lines = ["# What the two write", "",
              f"Both are of seed {min(seeds)}. `plain` has not learned to end a story: it goes on until it is stopped.",
-             "",
+             "The two shares are of 5 sampled stories of each prompt.", "",
              "| | plain | ours |", "|---|---|---|"]
     for key, label in (("ended", f"stories that end by themselves within {ours['length']} tokens"),
                        ("repeated", "4-grams that were in the story before")):

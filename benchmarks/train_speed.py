@@ -13,7 +13,8 @@ ours        gpt2_tinystories.py as it is, but with n_inner 3072, as GPT2LMHeadMo
 
 Each is a process of its own. They train a block of steps in turn; the first blocks (warm-up, compilation) do not count.
 Tokens are those of the stories, without padding. The share of the machine's rate of matrix products is of FLOPs counted
-as 6 a token for every weight of a matrix product, and 6 T n_embd in each layer for causal attention over T tokens.
+as 6 a token for every weight of a matrix product, and 6 T n_embd in each layer for causal attention over T tokens; the
+products of Muon, which ours makes besides, are not counted.
 """
 
 import argparse
