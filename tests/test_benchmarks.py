@@ -58,7 +58,7 @@ def test_ours_in_the_benchmark_of_quality_is_what_the_script_does(arguments, qua
 
 def test_every_recipe_differs_from_ours(quality, workspace):
     """All of them train, each weight by one optimizer, and end elsewhere than ours does."""
-    arguments = f"{TINY} --max-steps 12 --grad-clip 0.1"
+    arguments = f"{TINY} --max-steps 4 --grad-clip 0.1"
     settings = project.parse(project.Settings, "", arguments.split())
     losses = {}
     for name, recipe in quality.RECIPES.items():
@@ -71,7 +71,7 @@ def test_every_recipe_differs_from_ours(quality, workspace):
         expected = [id(p) for p in model.parameters() if p.requires_grad or recipe.plain]
         assert sorted(trained) == sorted(expected), name
         losses[name] = quality.train(name, 1, settings, "cpu", "fp32")[0]["all"]
-    del losses["warm-up 20"]  # in so short a run no other than that of ours
+    losses = {name: loss for name, loss in losses.items() if "warm-up" not in name}  # a run so short has none
     assert len(set(losses.values())) == len(losses), losses
 
 
