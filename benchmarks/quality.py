@@ -6,7 +6,7 @@
 
 Other flags are those of gpt2_tinystories.py. The default is a small model for a CPU: 2 epochs of all stories, a
 tokenizer of 2048, 256 wide. `ours` is gpt2_tinystories.py as it is (without torch.compile), and the others are `ours`
-but for what their names say. `plain` is the loop that tutorials copy: post-LayerNorm and ReLU, PyTorch's own first
+but for what their names say. `plain` is a naive loop as tutorials have it: post-LayerNorm and ReLU, PyTorch's own first
 weights, embeddings of N(0, 1) times sqrt(n_embd), AdamW with its default arguments at a constant --learning-rate, no
 clipping, batches in random order whose mean losses are averaged, <|endoftext|> masked like padding, and dropout 0.1,
 which is off from the second epoch on, as writing a sample has called model.eval().
@@ -449,7 +449,7 @@ def draw_curves(path, plain, ours):
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    for runs, color, label in ((plain, "C3", "the tutorials' loop"), (ours, "C0", "gpt2_tinystories.py")):
+    for runs, color, label in ((plain, "C3", "the naive loop"), (ours, "C0", "gpt2_tinystories.py")):
         for run in runs:
             steps, _, losses = zip(*run["curve"], strict=True)
             axes.plot(steps, np.exp(losses), color=color, label=label, linewidth=1.5)
