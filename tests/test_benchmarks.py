@@ -21,7 +21,7 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
         ("generate_speed.py --tokenizer bpe:400 --max-length 5 --rounds 1", 2),
         ("train_speed.py --only ours --data sample --rounds 1 --steps 1 --batch-size 1 --device cpu --profile", 1),
         ("train_speed.py --data sample --rounds 1 --steps 1 --batch-size 1 --device cpu --only hf-default ours", 2),
-        ("quality.py --data sample --fraction 0.01 --max-steps 2 --only plain ours z-loss --length 3", 3),
+        ("quality.py --data sample --fraction 0.01 --max-steps 2 --only plain ours --length 3", 2),
     ],
 )
 def test_a_benchmark_prints_its_table(command, rows, tmp_path):
@@ -45,7 +45,7 @@ def quality(monkeypatch):
     return quality
 
 
-@pytest.mark.parametrize("arguments", ["--precision fp32", "--precision fp32 --max-steps 8", "--precision bf16"])
+@pytest.mark.parametrize("arguments", ["--precision fp32 --max-steps 8", "--precision bf16"])
 def test_ours_in_the_benchmark_of_quality_is_what_the_script_does(arguments, quality, workspace):
     """The same seed in both: the same weights, the same batches, the same updates."""
     project.main([*TINY.split(), *arguments.split()])
