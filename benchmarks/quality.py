@@ -61,7 +61,7 @@ class Recipe:
     batches: Callable = project.epoch_batches
     loss: Callable = project.score
     average: float = 0.0  # of an exponential moving average of the weights: the share that a step keeps
-    plain: bool = False  # the updates of the loop that tutorials copy
+    plain: bool = False  # the updates of the naive loop
 
 
 class PlainBlock(project.Block):
@@ -73,7 +73,7 @@ class PlainBlock(project.Block):
 
 
 class Plain(project.GPT):
-    """The tutorials' model: PyTorch's own initialisation, embeddings of N(0, 1) times sqrt(n_embd), a head with bias"""
+    """The naive model: PyTorch's own first weights, embeddings of N(0, 1) times sqrt(n_embd), a head with bias."""
 
     def __init__(self, config, tokenizer):
         super().__init__(config, tokenizer)

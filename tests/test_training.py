@@ -399,7 +399,7 @@ def test_a_run_whose_data_changed_is_refused(workspace, refused, monkeypatch):
 
 
 @pytest.mark.parametrize("number, name", [(0, "exp_avg"), (0, "step"), (1, "momentum"), (1, "shape")])
-def test_a_state_of_other_optimizers_is_refused(number, name, finished, tmp_path, model):
+def test_a_state_of_other_optimizers_is_refused(number, name, finished, tmp_path):
     folder = tmp_path / "last"
     shutil.copytree(finished / "checkpoints" / "last", folder)
     state = torch.load(folder / "training_state.pt", weights_only=True)
