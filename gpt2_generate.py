@@ -2,6 +2,7 @@
 
     python gpt2_generate.py                                 the PROMPTS below, with the newest checkpoint
     python gpt2_generate.py --prompt "Tom had a kite" --method sample --num-samples 3
+    python gpt2_generate.py --model gpt2 --stop "." --batch any GPT-2 of the Hub; up to a full stop; all at once
     python gpt2_generate.py --interactive                   type beginnings, read stories
 """
 
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from gpt2_tinystories import (
     InputError,
+    find_checkpoint,
     generate_text,
     load_checkpoint,
     parse,
@@ -31,7 +33,7 @@ MODEL = ""  # a checkpoint folder; empty: the newest epoch under checkpoints/
 
 @dataclass(frozen=True)
 class Settings:
-    model: str = setting(str(MODEL or ""), "checkpoint folder; if empty, the newest epoch under checkpoints/")
+    model: str = setting(str(MODEL or ""), "checkpoint folder or a Hub id; empty: the newest epoch under checkpoints/")
     prompt: tuple = setting(
         (PROMPTS,) if isinstance(PROMPTS, str) else tuple(PROMPTS or ()), "beginning of a story; can be repeated"
     )
@@ -40,8 +42,11 @@ class Settings:
     temperature: float = setting(1.0, "for sample: below 1 plainer, above 1 wilder")
     top_k: int = setting(0, "for sample: draw from so many likeliest tokens; 0: from all")
     top_p: float = setting(0.9, "for sample: draw from the fewest tokens with this probability together")
+    repetition_penalty: float = setting(1.0, "above 1: tokens that were there become less likely")
+    stop: tuple = setting((), "text that ends a story; can be repeated")
     num_samples: int = setting(1, "for sample: stories for each prompt")
     seed: int = setting(42, "for sample: seed of the first story, the next one has the next seed")
+    batch: bool = setting(False, "write all stories at once and show them then: faster, on a GPU above all")
     device: str = setting("auto", "where to compute", ("auto", "cuda", "cpu", "mps"))
     interactive: bool = setting(False, "ask for prompts until an empty line")
 
@@ -62,14 +67,20 @@ def newest_checkpoint(folder="checkpoints"):
     return max(epochs, key=lambda path: int(path.name.removeprefix("epoch_")))
 
 
-def write_stories(model, prompt, settings):
-    """Print the stories for one prompt, each word as soon as it is complete."""
+def write_stories(model, prompts, settings):
+    """Print the stories for some prompts: each word as soon as it is complete, or with --batch all of them at once."""
     from transformers import TextStreamer
 
-    for seed in range(settings.seed, settings.seed + settings.num_samples):
-        generate_text(model, prompt, settings.max_length, settings.method, temperature=settings.temperature,
-                      top_k=settings.top_k, top_p=settings.top_p, seed=seed, streamer=TextStreamer(model.tokenizer))
-        print(flush=True)
+    names = "max_length", "method", "temperature", "top_k", "top_p", "repetition_penalty", "stop"
+    options = {name: getattr(settings, name) for name in names}
+    if settings.batch:
+        for text in generate_text(model, prompts, num_samples=settings.num_samples, seed=settings.seed, **options):
+            print(text, end="\n\n", flush=True)
+        return
+    for prompt in prompts:
+        for seed in range(settings.seed, settings.seed + settings.num_samples):
+            generate_text(model, prompt, seed=seed, streamer=TextStreamer(model.tokenizer), **options)
+            print(flush=True)
 
 
 def prompts_typed():
@@ -84,15 +95,16 @@ def prompts_typed():
 
 def main(argv=None):
     settings = parse(Settings, __doc__, argv)
-    folder = settings.model or newest_checkpoint()
+    folder = find_checkpoint(settings.model or newest_checkpoint())
     model = load_checkpoint(folder, pick_device(settings.device))
     print(f"[{folder}, {settings.method}]\n")
-    for prompt in prompts_typed() if settings.interactive else settings.prompt:
+    if not settings.interactive:
+        write_stories(model, settings.prompt, settings)
+        return
+    for prompt in prompts_typed():
         try:
-            write_stories(model, prompt, settings)
+            write_stories(model, [prompt], settings)
         except InputError as error:
-            if not settings.interactive:
-                raise
             print(error)
 
 

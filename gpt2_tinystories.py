@@ -1,7 +1,8 @@
 """Train a small GPT-2 on TinyStories: one file, made to be read from top to bottom.
 
     python gpt2_tinystories.py                              train: ./tinystories_local, else downloaded, else built in
-    python gpt2_tinystories.py --data stories.txt --epochs 2
+    python gpt2_tinystories.py --init gpt2 --fraction 0.01  go on from any GPT-2 checkpoint instead of from nothing
+    torchrun --nproc-per-node 8 gpt2_tinystories.py         train on 8 GPUs
     python gpt2_generate.py                                 write stories with the newest checkpoint
 
 After every epoch it leaves checkpoints/epoch_N, a standard Hugging Face GPT-2 folder with a sample story in
@@ -29,8 +30,9 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
 from functools import cache
 from hashlib import blake2b, sha256
 from itertools import islice
@@ -39,13 +41,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 # transformers, datasets and matplotlib are imported where they are used: importing this file stays quick.
 
 HUB_STORIES, LOCAL_STORIES = "roneneldan/TinyStories", "tinystories_local"
+HUB_ID = r"[\w-][\w.-]*(/[\w.-]+)?"
 BUILT_IN, N_BUILT_IN = "built-in stories", 12_000
 END_OF_STORY = "<|endoftext|>"
 IGNORE = -100  # the target of padding
@@ -75,6 +80,7 @@ class Settings:
     fraction: float = setting(0.1, "share of the stories that is used")
     test_fraction: float = setting(0.1, "share of those that is held out for testing")
     tokenizer: str = setting("auto", "Hub name, folder or bpe:SIZE; auto is gpt2, for the built-in stories bpe:4096")
+    init: str = setting("", "GPT-2 checkpoint to start from, a folder or a Hub id; it brings its sizes and tokenizer")
     n_positions: int = setting(256, "longest story in tokens; longer ones are cut")
     n_embd: int = setting(768, "width of the model")
     n_layer: int = setting(2, "decoder layers")
@@ -82,8 +88,8 @@ class Settings:
     n_inner: int = setting(1536, "width of the feed-forward layers")
     dropout: float = setting(0.0, "share of the activations dropped in training")
     epochs: int = setting(5, "passes over the training stories")
-    batch_size: int = setting(8, "stories in a batch")
-    accum_steps: int = setting(2, "batches accumulated in an optimizer step")
+    batch_size: int = setting(8, "stories in a batch, in each process")
+    accum_steps: int = setting(2, "batches accumulated in an optimizer step", free=True)
     learning_rate: float = setting(3e-4, "peak learning rate of AdamW; ten times that for embedding and head")
     muon_learning_rate: float = setting(0.02, "peak learning rate of Muon, for the matrices of the layers")
     warmup_steps: int = setting(100, "steps of linear warm-up, at most a tenth of the run; then linear decay to zero")
@@ -115,6 +121,9 @@ class Settings:
         require(self.n_embd % self.n_head == 0, "n_embd", self.n_embd, f"must be a multiple of --n-head {self.n_head}")
         require(self.n_embd % 2 == 0, "n_embd", self.n_embd, "must be even: sines and cosines come in pairs")
         require(self.prompt.strip(), "prompt", repr(self.prompt), "must not be empty")
+        for name in ("tokenizer", "n_embd", "n_layer", "n_head", "n_inner") if self.init else ():
+            value = getattr(self, name)
+            require(value == getattr(Settings, name), name, value, f"the checkpoint of --init {self.init} has its own")
 
 
 class Parser(argparse.ArgumentParser):
@@ -156,9 +165,15 @@ def run(main, interrupted=""):
     except UnicodeError as error:  # bytes in a file or in the command line that are no text
         message, code = f"not a text in UTF-8: {error}", 2
     except (MemoryError, RuntimeError) as error:  # on a CPU and with MPS, running out of memory is a RuntimeError
-        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory|enough memory", str(error)):
+        if world_size() > 1 and re.search("gloo|NCCL", str(error)):
+            handle_signals(signal.SIG_DFL)
+            time.sleep(10)  # the process that failed has said why, and torchrun now ends this one
+            message, code = f"no connection to the other processes: {error}", 1
+        elif isinstance(error, MemoryError) or re.search("out of memory|allocate memory|enough memory", str(error)):
+            message = "out of memory; in training, halve --batch-size and double --accum-steps: the same updates"
+            code = 2
+        else:
             raise
-        message, code = "out of memory; in training, halve --batch-size and double --accum-steps: the same updates", 2
     except BrokenPipeError:  # the reader of the output, such as head, has gone: nobody is there to be told
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -167,7 +182,10 @@ def run(main, interrupted=""):
     except KeyboardInterrupt as error:
         number, state = error.args or (signal.SIGINT, "interrupted")
         message, code = f"{state}{interrupted}", 128 + number
-    print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
+        if rank() or (world_size() > 1 and state == "interrupted"):
+            sys.exit(code)  # torchrun ends its processes like this when one has failed, and that one has said why
+    if dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0":  # else all processes say the same
+        print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -191,7 +209,7 @@ def signals_noted():
         noted.append(number)
         handle_signals(signal.SIG_DFL)
         try:
-            os.write(2, b"\nstopping after this step, to save it; once more: at once\n")
+            os.write(2, b"" if rank() else b"\nstopping after this step, to save it; once more: at once\n")
         except OSError:  # the terminal, or the program that reads this, has gone: nothing may fail for that now
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
@@ -217,6 +235,64 @@ def locked(*folders):
                 raise InputError(f"{folder}: another run is writing there; give this one other --checkpoints and "
                                  "--plots") from None
         yield
+
+
+# --- Processes: one, or those that torchrun starts, each with a device of its own ------------------------------------
+
+
+def rank():
+    """The number of this process, from 0. Process 0 alone prints and writes."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size():
+    """The number of processes."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+@contextmanager
+def process_group(device):
+    """Inside, the processes of torchrun can exchange tensors, and those but the first print nothing."""
+    if world_size() == 1:
+        yield
+        return
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(hours=6))  # the first process may have much to download
+    with redirect_stdout(open(os.devnull, "w") if rank() else sys.stdout):
+        yield
+    dist.destroy_process_group()
+
+
+def largest(*values):
+    """Of each value the largest in any process, so that all of them decide alike."""
+    if world_size() == 1:
+        return values
+    values = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(values, dist.ReduceOp.MAX)
+    return values.tolist()
+
+
+def total(tensor):
+    """The sum of a tensor over all processes, in its place."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def share(batches):
+    """The batches of this process. Each process has as many: some get an empty one at the end."""
+    missing = -len(batches) % world_size()
+    return (batches + [batches[0][:0]] * missing)[rank() :: world_size()]
+
+
+@contextmanager
+def first_process_first():
+    """Process 0 goes through the block alone; then the others do, and find what it has made there."""
+    if rank():
+        largest(0)
+    yield
+    if not rank():
+        largest(0)
 
 
 # --- Data: stories, tokenizer, token ids, batches of similar length --------------------------------------------------
@@ -255,7 +331,7 @@ def load_stories(data, cache_dir):
         require(path.is_dir() or path.suffix in files, "data", data, f"neither a folder nor one of {', '.join(files)}")
         require(path.is_dir() or path.stat().st_size, "data", data, "is empty")
     else:
-        hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", data) and path.suffix not in files
+        hub_id = re.fullmatch(HUB_ID, data) and path.suffix not in files
         require(hub_id, "data", data, "no such file or folder")
         if not hub_answers():
             os.environ["HF_HUB_OFFLINE"] = "1"  # read by datasets when it is imported: it then asks its cache alone
@@ -327,8 +403,9 @@ def read_text_file(path, size, changed):
         yield {"text": rest}
 
 
-def digest(text):
-    return blake2b(text.encode(), digest_size=8).hexdigest()
+def digest(content):
+    content = content.encode() if isinstance(content, str) else content
+    return blake2b(content, digest_size=8).hexdigest()
 
 
 def split_stories(stories, settings):
@@ -347,7 +424,7 @@ def split_stories(stories, settings):
     n_empty = int((digests == 0).sum())
     counts = {"stories": len(stories), "train_stories": len(train), "test_stories": n_test, "empty": n_empty,
               "duplicates": n_chosen - n_empty - len(kept),
-              "fingerprint": digest(str(digests[np.concatenate((train, test))].tolist()))}
+              "fingerprint": digest(digests[np.concatenate((train, test))].tobytes())}
     return chosen.select(train), chosen.select(test), counts
 
 
@@ -443,10 +520,10 @@ def prepare_stories(settings, before):
     train_stories, test_stories, data = split_stories(stories, settings)
     print(f"stories    {data['train_stories']:,} to train, {data['test_stories']:,} to test, of {len(stories):,} from "
           f"{source}; dropped {data['empty']:,} empty ones and {data['duplicates']:,} duplicates", flush=True)
-    name = settings.tokenizer
+    name = settings.init or settings.tokenizer
     if name == "auto":
         name = "bpe:4096" if source == BUILT_IN else "gpt2"
-    tokenizer = load_tokenizer(name, train_stories)
+    tokenizer = load_tokenizer(str(find_checkpoint(name)) if settings.init else name, train_stories)
     tokenizer_digest = digest(tokenizer.backend_tokenizer.to_str())
     train, test = (
         encode_stories(part, tokenizer, settings.n_positions,
@@ -474,8 +551,10 @@ def epoch_batches(lengths, batch_size, seed, epoch):
 
 def pad_batch(stories):
     """(input_ids, targets), both (B, T): the ids, and the same moved by one. Padding stands on the right, where causal
-    attention never looks, and is masked by length: the <|endoftext|> that ends a story is a target like any other."""
+    attention never looks, and is masked by length: the <|endoftext|> that ends a story is a target like any other. No
+    stories make one token of padding."""
     stories = [torch.from_numpy(story.values.to_numpy().astype(np.int64)) for story in stories]
+    stories = stories or [torch.full((2,), IGNORE)]
     ids = nn.utils.rnn.pad_sequence(stories, batch_first=True, padding_value=IGNORE)
     return ids[:, :-1].clamp(min=0), ids[:, 1:]
 
@@ -534,36 +613,48 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """A GPT-2 with an output head of its own. config: a transformers.GPT2Config; tokenizer: for generate_text."""
+    """GPT-2. config: a transformers.GPT2Config, whose tie_word_embeddings says whether the output head has weights of
+    its own or those of the token embedding; tokenizer: for generate_text."""
 
     def __init__(self, config, tokenizer=None):
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        # Zeros up to a multiple of 64 rows, which no file has and nobody reads: the matrix products are faster.
+        n_rows = math.ceil(config.vocab_size / 64) * 64
+        self.wte = nn.Embedding(n_rows, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.drop = nn.Dropout(config.embd_pdrop)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        # Zeros up to a multiple of 64 rows, which no file has and nobody reads: the matrix products are faster.
-        self.lm_head = nn.Linear(config.n_embd, math.ceil(config.vocab_size / 64) * 64, bias=False)
+        self.lm_head = nn.Linear(config.n_embd, n_rows, bias=False)
+        self.tie_weights()
         std = config.initializer_range
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
             elif parameter.dim() == 2:  # what a block adds to its input is scaled down, as there are 2 n_layer of them
                 nn.init.normal_(parameter, std=std / math.sqrt(2 * config.n_layer) if "c_proj" in name else std)
-        nn.init.zeros_(self.lm_head.weight.data[config.vocab_size :])
+        for weight in (self.wte.weight, self.lm_head.weight):
+            nn.init.zeros_(weight.data[config.vocab_size :])
         # A sinusoid's root mean square is sqrt(1/2). Scaled to 3 std, it is not drowned by token embeddings that grow.
         position = 3 * math.sqrt(2) * std * sinusoid(config.n_positions, config.n_embd)
         self.wpe.weight = nn.Parameter(position, requires_grad=False)
+
+    def tie_weights(self):
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.wte.weight
 
     @property
     def device(self):
         return self.wte.weight.device
 
-    def forward(self, input_ids):
-        """Logits (B, T, V) for the token after each of input_ids (B, T), with T at most n_positions."""
-        return self.lm_head(self.hidden_states(input_ids))[..., : self.config.vocab_size]
+    def forward(self, input_ids, targets=None):
+        """Logits (B, T, V) for the token after each of input_ids (B, T), with T at most n_positions; given targets
+        (B, T), cross-entropy in nats and number of right guesses, both summed over the real tokens (0-d tensors)."""
+        logits, vocab_size = self.lm_head(self.hidden_states(input_ids)), self.config.vocab_size
+        if targets is None:
+            return logits[..., :vocab_size]
+        return score(logits.flatten(0, 1), targets.flatten(), vocab_size)
 
     def hidden_states(self, input_ids, cache=None):
         """What the head is applied to, (B, T, C). cache, a list of an empty dict for each layer at first, lets the next
@@ -599,69 +690,89 @@ def evaluation_mode(model):
 
 @torch.no_grad()
 def generate_text(model, prompt, max_length=50, method="greedy", *, temperature=1.0, top_k=0, top_p=1.0,
-                  num_samples=1, seed=None, streamer=None):
-    """The prompt and at most max_length new tokens, up to <|endoftext|>: a str, or a list of them if num_samples > 1.
+                  repetition_penalty=1.0, stop=(), num_samples=1, seed=None, streamer=None):
+    """The prompt and at most max_length new tokens, up to <|endoftext|> or to the token that completes one of the texts
+    in stop: a str, or a list of them if prompt is a list or num_samples > 1, for each prompt num_samples of them.
 
     method: "greedy" takes the likeliest token; "sample" divides the logits by temperature and draws from the top_k
-    likeliest tokens (0: all), of those from the fewest that together have the probability top_p; the same seed draws
-    the same text. streamer, a transformers.TextStreamer, is given every token at once. When the context is full, its
-    older half is dropped. Raises InputError for an empty prompt, one that is too long, and values out of range.
+    likeliest tokens (0: all), of those from the fewest that together have the probability top_p. repetition_penalty
+    above 1 makes tokens that were there less likely, with both methods. Sample i of a prompt is drawn with seed + i,
+    alone or among others. streamer, a transformers.TextStreamer, is given every token at once. When the context is
+    full, its older half is dropped. Raises InputError for an empty prompt, one that is too long, and values out of
+    range.
     """
+    stop = (stop,) if isinstance(stop, str) else tuple(stop)
     require(method in ("greedy", "sample"), "method", method, "must be greedy or sample")
     require(max_length >= 1, "max_length", max_length, "must be at least 1")
     require(0 < temperature < math.inf, "temperature", temperature, "must be a number above 0")
     require(top_k >= 0, "top_k", top_k, "must be at least 0")
     require(0 < top_p <= 1, "top_p", top_p, "must be above 0 and at most 1")
+    require(0 < repetition_penalty < math.inf, "repetition_penalty", repetition_penalty, "must be a number above 0")
+    require(all(stop), "stop", stop, "must not be empty")
     require(num_samples >= 1, "num_samples", num_samples, "must be at least 1")
-    require(num_samples == 1 or streamer is None, "num_samples", num_samples, "a streamer shows one sample at a time")
-    ids, eos = encode_prompt(model, prompt), model.tokenizer.eos_token_id
-    generator = None if seed is None else torch.Generator(model.device).manual_seed(seed)
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    require(prompts, "prompt", prompts, "must be at least one text")
+    ids = [row for row in (encode_prompt(model, text) for text in prompts) for _ in range(num_samples)]
+    require(len(ids) == 1 or streamer is None, "num_samples", num_samples, "a streamer shows one text at a time")
+    seeds = [None if seed is None else seed + i for i in range(num_samples)] * len(prompts)
+    numbers = torch.stack([uniform_numbers(max_length, seed) for seed in seeds]).to(model.device)
 
-    def draw(x):
-        logits = model.lm_head(x)[:, : model.config.vocab_size]
+    def choose(x, tokens, n_new):
+        logits = penalize(model.lm_head(x)[:, : model.config.vocab_size], tokens, repetition_penalty)
+        if method == "greedy":
+            return logits.argmax(-1)
         probabilities = next_probabilities(logits, temperature, top_k, top_p)
-        return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+        return pick(probabilities, numbers.gather(1, n_new.clamp(0, max_length - 1)[:, None]))
 
-    choose = make_greedy(model) if method == "greedy" else draw
     with evaluation_mode(model):
-        rows = torch.tensor([ids] * num_samples, device=model.device)  # (B, T)
-        rows = continue_rows(model, rows, max_length, choose, streamer).tolist()
-    texts = [model.tokenizer.decode(row[: (row + [eos]).index(eos, len(ids))]) for row in rows]  # each to its end
-    return texts if num_samples > 1 else texts[0]
+        if method == "greedy" and repetition_penalty == 1:
+            choose = make_greedy(model)
+        texts = model.tokenizer.batch_decode(continue_rows(model, ids, max_length, choose, stop, streamer))
+    return texts[0] if isinstance(prompt, str) and num_samples == 1 else texts
 
 
-def continue_rows(model, tokens, max_length, choose, streamer):
-    """tokens (B, T) and up to max_length more, until each row has an <|endoftext|>; choose makes ids (B,) of the last
-    hidden states (B, C)."""
-    inputs, cache = tokens, [{} for _ in model.h]
-    ended = torch.zeros_like(tokens[:, 0], dtype=torch.bool)
+def continue_rows(model, prompts, max_length, choose, stop=(), streamer=None):
+    """prompts, lists of ids, each with up to max_length more, as described for generate_text. choose makes ids (B,) of
+    the last hidden states (B, C), the tokens so far (B, T) and the new token's number in its row (B,), from 0. Where
+    prompts differ in length, the longer ones are read on, a token a step, while the shorter ones are continued."""
+    starts = torch.tensor([len(ids) for ids in prompts], device=model.device)
+    given = nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in prompts], batch_first=True, padding_value=-1)
+    given, ends = given.to(model.device), starts + max_length  # ends: the lengths of the rows in the end
+    tokens = inputs = given[:, : starts.min()]
+    cache = [{} for _ in model.h]
     if streamer:
         streamer.put(tokens.cpu())
-    for _ in range(max_length):
-        new = choose(model.hidden_states(inputs, cache)[:, -1])
-        ended |= new == model.tokenizer.eos_token_id
-        if ended.all():
-            break
+    for at in range(tokens.size(1), given.size(1) + max_length):
+        new = choose(model.hidden_states(inputs, cache)[:, -1], tokens, at - starts)
+        if at < given.size(1):
+            new = new.where(given[:, at] < 0, given[:, at])
+        ends = ends.where(new != model.tokenizer.eos_token_id, ends.clamp(max=at))
         tokens, inputs = torch.cat((tokens, new[:, None]), dim=1), new[:, None]
+        if streamer and ends[0] > at:
+            streamer.put(new.cpu())
+        for row in range(len(tokens)) if stop else ():
+            if starts[row] <= at < ends[row]:
+                text = model.tokenizer.decode(tokens[row, starts[row] :].tolist())
+                ends[row] = at + 1 if any(end in text for end in stop) else ends[row]
+        if (ends <= at + 1).all():
+            break
         if cache[0]["k"].size(2) == model.config.n_positions:  # the context is full: go on with its newer half
             inputs, cache = tokens[:, -(model.config.n_positions // 2) :], [{} for _ in model.h]
-        if streamer:
-            streamer.put(new.cpu())
     if streamer:
         streamer.end()
-    return tokens
+    return [row[:end] for row, end in zip(tokens.tolist(), ends.tolist(), strict=True)]
 
 
 def make_greedy(model):
-    """A function from x (B, C), the last hidden states, to the ids (B,) of the largest logits. A CPU spends its time
-    reading the head's weights: where it multiplies bf16 fast, it reads a copy in bf16, half as large, and then computes
-    the 64 largest logits once more in fp32."""
+    """A choose for continue_rows: the largest logits. A CPU spends its time reading the head's weights: where it
+    multiplies bf16 fast, it reads a copy in bf16, half as large, and then computes the 64 largest logits once more in
+    fp32."""
     weight = model.lm_head.weight[: model.config.vocab_size]
     if weight.dtype != torch.float32 or model.device.type != "cpu" or pick_precision("auto", "cpu") != "bf16":
-        return lambda x: F.linear(x, weight).argmax(-1)
+        return lambda x, *_: F.linear(x, weight).argmax(-1)
     rounded = weight.bfloat16()
 
-    def likeliest(x):
+    def likeliest(x, *_):
         likely = F.linear(x.bfloat16(), rounded).topk(min(64, len(weight))).indices  # (B, 64)
         logits = (weight[likely] @ x[:, :, None])[:, :, 0]
         return likely.gather(1, logits.argmax(-1, keepdim=True))[:, 0]
@@ -675,6 +786,26 @@ def encode_prompt(model, prompt):
     ids, n_positions = encode(model.tokenizer, prompt), model.config.n_positions
     require(len(ids) <= n_positions, "prompt", repr(prompt[:30] + "…"), f"has {len(ids)} tokens, {n_positions} fit")
     return ids
+
+
+def penalize(logits, tokens, penalty):
+    """Logits (B, V) with those of the tokens (B, T) made smaller: divided by penalty, if negative multiplied with it
+    (Keskar et al., "CTRL: A Conditional Transformer Language Model for Controllable Generation", section 4.1)."""
+    if penalty == 1:
+        return logits
+    seen = logits.gather(1, tokens)
+    return logits.scatter(1, tokens, torch.where(seen < 0, seen * penalty, seen / penalty))
+
+
+def uniform_numbers(n, seed):
+    """n random numbers from [0, 1), made on the CPU: a seed gives the same ones for every device."""
+    return torch.rand(n, generator=None if seed is None else torch.Generator().manual_seed(seed))
+
+
+def pick(probabilities, numbers):
+    """Ids (B,) drawn from probabilities (B, V) with uniform numbers (B, 1): the first ones whose sum exceeds these."""
+    sums = probabilities.float().cumsum(-1)
+    return torch.searchsorted(sums, numbers * sums[:, -1:], right=True)[:, 0]
 
 
 def next_probabilities(logits, temperature, top_k, top_p):
@@ -696,10 +827,15 @@ def next_probabilities(logits, temperature, top_k, top_p):
 
 
 def pick_device(name):
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    """cuda, mps or cpu; of several GPUs each process of torchrun takes its own."""
+    n_gpus, n_processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    there = {"cuda": n_gpus > 0, "mps": torch.backends.mps.is_available() and n_processes == 1, "cpu": True}
     if name == "auto":
-        return next(device for device in there if there[device])
+        name = next(device for device in there if there[device])
     require(there[name], "device", name, "PyTorch finds none on this machine; use auto or cpu")
+    if name == "cuda":
+        require(n_processes <= n_gpus, "device", name, f"{n_processes} processes on this machine, and {n_gpus} GPUs")
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     return name
 
 
@@ -756,14 +892,22 @@ def orthogonalize(x, dtype):
 
 def make_optimizers(model, settings, dtype):
     """AdamW, with ten times the rate for embedding and head, and Muon for the matrices of the layers, with products in
-    dtype."""
+    dtype. With --init AdamW alone, at one rate: weights that it has made go on best with it, and with small steps."""
     hidden = [weight for weight in model.h.parameters() if weight.dim() == 2]
     vectors = [weight for weight in model.parameters() if weight.dim() == 1]
+    outer = list(dict.fromkeys((model.wte.weight, model.lm_head.weight)))  # one, where they are tied
     rate, decay = settings.learning_rate, settings.weight_decay
-    groups = [{"params": [model.wte.weight, model.lm_head.weight], "lr": 10 * rate, "weight_decay": decay},
+    if settings.init:
+        outer, hidden, factor = [*outer, model.wpe.weight, *hidden], [], 1
+    else:
+        factor = 10
+    groups = [{"params": outer, "lr": factor * rate, "weight_decay": decay},
               {"params": vectors, "lr": rate, "weight_decay": 0.0}]
-    return [torch.optim.AdamW(groups, betas=(0.9, 0.99), fused=True),
-            Muon([{"params": hidden, "lr": settings.muon_learning_rate, "weight_decay": decay}], dtype)]
+    optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.99), fused=True)]
+    if hidden:
+        muon = {"params": hidden, "lr": settings.muon_learning_rate, "weight_decay": decay}
+        optimizers.append(Muon([muon], dtype))
+    return optimizers
 
 
 # --- Evaluation ------------------------------------------------------------------------------------------------------
@@ -802,10 +946,8 @@ def pieces(logits, targets):
     return zip(logits.split(n_rows), targets.split(n_rows), strict=True)
 
 
-def score(model, input_ids, targets):
-    """Cross-entropy in nats and number of right guesses, both summed over the real tokens of a batch (0-d tensors)."""
-    logits = model.lm_head(model.hidden_states(input_ids)).flatten(0, 1)
-    targets, vocab_size = targets.flatten(), model.config.vocab_size
+def score(logits, targets, vocab_size):
+    """Cross-entropy and number of right guesses, summed, from logits (N, V or more) and targets (N,)."""
     if not torch.compiler.is_compiling():
         return CrossEntropy.apply(logits, targets, vocab_size)
     logits = logits[:, :vocab_size]
@@ -815,13 +957,15 @@ def score(model, input_ids, targets):
 
 @torch.no_grad()
 def evaluate(model, loader):
-    """(loss, accuracy) over all real tokens of the loader's batches: nats a token, share of right guesses."""
+    """(loss, accuracy) over all real tokens of the loader's batches: nats a token, share of right guesses. Of several
+    processes each has a loader for its share of the batches, and all get the figures of the whole."""
     sums, n_tokens = [], 0
     with evaluation_mode(model):
         for input_ids, targets in loader:
             n_tokens += int((targets != IGNORE).sum())
-            sums.append(torch.stack(score(model, input_ids.to(model.device), targets.to(model.device))))
-    loss, right = torch.stack(sums).cpu().double().sum(0).tolist()
+            sums.append(torch.stack(model(input_ids.to(model.device), targets.to(model.device))))
+    sums = torch.cat((torch.stack(sums).cpu().double().sum(0), torch.tensor([n_tokens])))
+    loss, right, n_tokens = total(sums).tolist()
     return loss / n_tokens, right / n_tokens
 
 
@@ -832,13 +976,21 @@ def compute_perplexity(model, test_loader):
 
 # --- Checkpoints: Hugging Face GPT-2 folders -------------------------------------------------------------------------
 
+# What a config.json may say of how a GPT-2 computes, and what it is to say here.
+GPT2_MATH = {"model_type": "gpt2", "activation_function": "gelu_new", "scale_attn_weights": True,
+             "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # (in, out) in a GPT-2 file, (out, in) in nn.Linear
 
 
 def gpt2_layout(model):
     """The model's tensors under the names and in the shapes of a GPT-2 file; they share the model's memory."""
     layout = {f"transformer.{name}": w.T if name.endswith(TRANSPOSED) else w for name, w in model.state_dict().items()}
-    return layout | {"lm_head.weight": layout.pop("transformer.lm_head.weight")[: model.config.vocab_size]}
+    layout["lm_head.weight"] = layout.pop("transformer.lm_head.weight")
+    for name in ("transformer.wte.weight", "lm_head.weight"):
+        layout[name] = layout[name][: model.config.vocab_size]
+    if model.config.tie_word_embeddings:
+        del layout["lm_head.weight"]
+    return layout
 
 
 def save_checkpoint(folder, model, record, sample=None, state=None):
@@ -918,9 +1070,32 @@ def flush(path):
         os.close(descriptor)
 
 
-def load_checkpoint(folder, device="cpu"):
-    """The model in a checkpoint folder with its tokenizer, in eval mode. Raises InputError for anything unusable."""
-    from safetensors.torch import load_file
+def find_checkpoint(name):
+    """The folder of a checkpoint: name itself, or where the files of that name on the Hub are kept."""
+    if Path(name).exists() or not re.fullmatch(HUB_ID, str(name)):
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()
+    files = ["*.json", "model.safetensors", "merges.txt"]
+    try:  # the local cache first, as for the tokenizer
+        folder = Path(snapshot_download(name, allow_patterns=files, local_files_only=True))
+    except (OSError, ValueError):
+        folder = Path(name)
+    if not (folder / "model.safetensors").exists():
+        if not hub_answers():
+            raise InputError(f"{name}: no folder, not in the local cache, and the Hugging Face Hub cannot be reached")
+        try:
+            folder = Path(snapshot_download(name, allow_patterns=files))
+        except Exception as error:  # each kind of refusal is another exception; the message names the cause
+            raise InputError(f"{name}: no such folder, and cannot be loaded from the Hub: {error}") from error
+    return folder
+
+
+def load_checkpoint(folder, device="cpu", **changes):
+    """The model in a folder of GPT-2's format with its tokenizer, in eval mode; changes: other values than those of its
+    config.json. Raises InputError for anything unusable."""
     from transformers import GPT2Config
 
     folder = Path(folder)
@@ -928,19 +1103,43 @@ def load_checkpoint(folder, device="cpu"):
         raise InputError(f"{folder}: no checkpoint, which is a folder with a config.json, as checkpoints/epoch_1")
     verify(folder)
     try:
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if (values["model_type"], values["activation_function"]) != ("gpt2", "gelu_new"):
-            raise ValueError(f"a {values['model_type']} model with {values['activation_function']}, not a GPT-2")
-        weights = load_file(folder / "model.safetensors")
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8")) | changes
+        for name, usual in GPT2_MATH.items():
+            if values.get(name, usual) != usual:
+                raise ValueError(f"{name} is {values[name]}, and only {usual} is known here")
+        weights = read_weights(folder / "model.safetensors", values.get("tie_word_embeddings", True))
         n_layer = sum(name.endswith(".ln_1.weight") for name in weights)
         if values["n_layer"] != n_layer:
             raise ValueError(f"{n_layer} layers of weights, {values['n_layer']} by config.json")
         if values["n_head"] < 1 or values["n_embd"] % values["n_head"]:
             raise ValueError(f"n_embd {values['n_embd']} is not a multiple of n_head {values['n_head']}")
+        values["n_inner"] = values.get("n_inner") or 4 * values["n_embd"]
         with torch.device("meta"):  # no memory before the sizes are known to be those of the weights
             model = GPT(GPT2Config(**values), open_tokenizer(str(folder), local_files_only=True))
     except Exception as error:  # each kind of broken file raises another exception; the message names the cause
         raise InputError(f"{folder}: cannot be read: {type(error).__name__}: {error}") from error
+    check_weights(folder, model, weights)
+    model.to_empty(device=device).tie_weights()
+    for weight in (model.wte.weight, model.lm_head.weight):  # no file has their rows beyond the vocabulary
+        nn.init.zeros_(weight)
+    for name, weight in gpt2_layout(model).items():
+        weight.copy_(weights[name])
+    return model.eval()
+
+
+def read_weights(path, tied):
+    """The tensors of a GPT-2 file under the names that gpt2_layout gives them. Older files, such as OpenAI's, call them
+    without `transformer.`, and hold the causal mask of each layer besides."""
+    from safetensors.torch import load_file
+
+    weights = {}
+    for name, weight in load_file(path).items():
+        if not name.endswith((".attn.bias", ".attn.masked_bias")) and not (tied and name == "lm_head.weight"):
+            weights[name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"] = weight
+    return weights
+
+
+def check_weights(folder, model, weights):
     n_known, layout = len(model.tokenizer), gpt2_layout(model)
     if n_known != model.config.vocab_size:
         raise InputError(f"{folder}: {n_known} tokens in the tokenizer, {model.config.vocab_size} in the model")
@@ -951,11 +1150,6 @@ def load_checkpoint(folder, device="cpu"):
             raise InputError(f"{folder}: {name} is {tuple(weight.shape)}, by config.json {tuple(layout[name].shape)}")
         if not weight.is_floating_point() or not weight.float().isfinite().all():
             raise InputError(f"{folder}: {name} holds numbers that are not finite")
-    model.to_empty(device=device)
-    nn.init.zeros_(model.lm_head.weight)  # no file has its rows beyond the vocabulary
-    for name, weight in gpt2_layout(model).items():
-        weight.copy_(weights[name])
-    return model.eval()
 
 
 # --- Plots -----------------------------------------------------------------------------------------------------------
@@ -1004,25 +1198,27 @@ def draw_metrics(record):
 # --- Training --------------------------------------------------------------------------------------------------------
 
 
-def backward(model, window, score=score, autocast=None, scaler=None):
-    """Add up the gradients of a window, a list of batches: those of the mean loss over ALL its real tokens, so that
-    batches of any size and number make the same update. Returns (summed loss, right guesses, number of tokens)."""
-    n_tokens = sum(int((targets != IGNORE).sum()) for _, targets in window)
+def backward(model, window, n_tokens, autocast=None, scaler=None):
+    """Add up the gradients of a window, a list of batches: those of the mean loss over its n_tokens real tokens, in all
+    processes, so that batches of any size and number make the same update. Returns (summed loss, right guesses) of this
+    process. model: a GPT, or torch.compile or DistributedDataParallel around it."""
     loss_sum = right_sum = 0
-    for batch in window:
+    for i, batch in enumerate(window):
         input_ids, targets = (tensor.to(model.device, non_blocking=True) for tensor in batch)
-        with autocast or nullcontext():
-            loss, right = score(model, input_ids, targets)
-        mean = loss / n_tokens
-        (scaler.scale(mean) if scaler else mean).backward()
+        alone = isinstance(model, DistributedDataParallel) and i < len(window) - 1
+        with model.no_sync() if alone else nullcontext():  # the processes exchange gradients with the last batch
+            with autocast or nullcontext():
+                loss, right = model(input_ids, targets)
+            mean = loss * (world_size() / n_tokens)  # DistributedDataParallel then takes the mean over the processes
+            (scaler.scale(mean) if scaler else mean).backward()
         loss_sum, right_sum = loss_sum + loss.detach(), right_sum + right
-    return loss_sum, right_sum, n_tokens
+    return loss_sum, right_sum
 
 
-def update(model, window, optimizers, grad_clip, scaler, score, autocast):
+def update(model, window, n_tokens, optimizers, grad_clip, autocast, scaler):
     """Update the weights from a window of batches. Returns (summed loss, right guesses, whether it or its gradient is
-    not finite, number of tokens), all but the last on the device: nobody waits to see them."""
-    loss, right, n_tokens = backward(model, window, score, autocast, scaler)
+    not finite), all on the device: nobody waits to see them."""
+    loss, right = backward(model, window, n_tokens, autocast, scaler)
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
@@ -1032,7 +1228,7 @@ def update(model, window, optimizers, grad_clip, scaler, score, autocast):
     for optimizer in optimizers:
         optimizer.zero_grad()
     scaler.update()
-    return loss, right, ~torch.isfinite(loss if scaler.is_enabled() else norm), n_tokens
+    return loss, right, ~torch.isfinite(loss if scaler.is_enabled() else norm)
 
 
 def keep_freed_memory():
@@ -1046,16 +1242,16 @@ def keep_freed_memory():
     return libc
 
 
-def compile_score(model, batch, autocast):
-    """torch.compile(score), or score itself where the compiler fails on the batch: said once, and the run goes on."""
-    compiled = torch.compile(score, dynamic=True)
+def compile_model(model, batch, autocast):
+    """torch.compile(model), or model itself where the compiler fails on the batch: said once, and the run goes on."""
+    compiled = torch.compile(model, dynamic=True)
     try:
-        backward(model, [batch], compiled, autocast)
+        backward(compiled, [batch], 1, autocast)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # compilers fail in many ways, and none of them has to stop the training
         print(f"compile    off: {type(error).__name__}: {str(error).strip().splitlines()[0][:100]}")
-        compiled = score
+        compiled = model
     model.zero_grad()
     return compiled
 
@@ -1063,7 +1259,7 @@ def compile_score(model, batch, autocast):
 def drain(pending, progress, record, scaler):
     """Add the latest steps, (loss, right, bad, tokens) each, to progress and curve, one by one: it does not matter how
     many come at once. Only here the steps wait for the device. Returns the loss a token of the last step."""
-    sums = torch.stack([torch.stack([value.float() for value in step[:3]]) for step in pending]).tolist()
+    sums = total(torch.stack([torch.stack([value.float() for value in step[:3]]) for step in pending])).tolist()
     always_too_large = scaler.is_enabled() and scaler.get_scale() < 1  # the gradient, for fp16
     first = progress["step"] - len(pending) + 1
     for step, ((loss, right, bad), (*_, n_tokens)) in enumerate(zip(sums, pending, strict=True), first):
@@ -1087,6 +1283,8 @@ def last_save(record):
 
 def save_last(folder, model, record, progress, optimizers, scaler):
     """Save the point from which an interrupted run continues; where that fails, the weights alone."""
+    if rank():
+        return
     moments = [optimizer.state_dict()["state"] for optimizer in optimizers]
     state = {"progress": progress, "moments": moments, "scaler": scaler.state_dict()}
     try:
@@ -1129,44 +1327,46 @@ def restore_last(folder, optimizers, scaler):
 
 def train(model, train_set, test_set, settings, record, precision):
     """Train to the last step, from where checkpoints/last stands; after every epoch save, evaluate, sample and plot."""
-    device, folder, accum_steps = model.device.type, Path(settings.checkpoints), settings.accum_steps
-    test_loader = make_loader(test_set.ids, epoch_batches(test_set.lengths, settings.batch_size, settings.seed, 0))
+    device, folder, seed = model.device.type, Path(settings.checkpoints), settings.seed
+    batches_a_step = settings.accum_steps * world_size()
+    test_loader = make_loader(test_set.ids, share(epoch_batches(test_set.lengths, settings.batch_size, seed, 0)))
     model.train()
-    libc = keep_freed_memory() if device == "cpu" else None
-    if device == "cpu":  # despite its name: attention with dropout then stays in bf16
-        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
-    if device == "cuda" and precision != "fp32":
-        torch.set_float32_matmul_precision("high")  # TF32 for the products that stay fp32, those of evaluate
+    libc = prepare_backend(device, precision)
     autocast = torch.autocast(device, DTYPES[precision], enabled=precision != "fp32")
     scaler = torch.amp.GradScaler(device, enabled=precision == "fp16")
     optimizers = make_optimizers(model, settings, DTYPES[precision])
     progress = restore_last(folder, optimizers, scaler)
     groups = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
     compiling = settings.compile == "on" or (settings.compile == "auto" and device == "cuda")
-    scorer = compile_score(model, next(iter(test_loader)), autocast) if compiling else score
+    learner = compile_model(model, next(iter(test_loader)), autocast) if compiling else model
+    if world_size() > 1:
+        learner = DistributedDataParallel(learner, gradient_as_bucket_view=True)
     n_steps, per_epoch, noted, saved_at = record["steps"], record["steps_per_epoch"], False, time.monotonic()
     for epoch in range(len(record["epochs"]) + 1, math.ceil(n_steps / per_epoch) + 1):
         start, stop = (epoch - 1) * per_epoch, min(epoch * per_epoch, n_steps)
         if progress["step"] == start:
             progress.update(loss=0.0, right=0, tokens=0, seconds=0.0)
-        batches = epoch_batches(train_set.lengths, settings.batch_size, settings.seed, epoch)
-        batches = batches[(progress["step"] - start) * accum_steps : (stop - start) * accum_steps]
-        loader = iter(make_loader(train_set.ids, batches, pin_memory=device == "cuda"))
-        pending, drained_at = [], time.monotonic()
-        bar = tqdm(desc=f"epoch {epoch}/{settings.epochs}", initial=progress["step"] - start, total=stop - start,
-                   bar_format="{desc} {percentage:3.0f}%|{bar}| {n}/{total} [{elapsed}{postfix}]", leave=False,
-                   dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 60)
+        batches = epoch_batches(train_set.lengths, settings.batch_size, seed, epoch)
+        batches = batches[(progress["step"] - start) * batches_a_step : (stop - start) * batches_a_step]
+        token_counts = iter(count_tokens(train_set.lengths, batches, batches_a_step))
+        loader = iter(make_loader(train_set.ids, share(batches), pin_memory=device == "cuda") if batches else ())
+        pending, stopping, drained_at = [], 0, time.monotonic()
+        bar = progress_bar(f"epoch {epoch}/{settings.epochs}", progress["step"] - start, stop - start)
         with signals_noted() as signals:
-            while window := list(islice(loader, accum_steps)):
-                torch.manual_seed(settings.seed * 1_000_003 + progress["step"])  # dropout depends on the step alone
+            while window := list(islice(loader, settings.accum_steps)):
+                # Dropout depends on the step and the process alone.
+                torch.manual_seed((seed * 1_000_003 + progress["step"]) * world_size() + rank())
                 for group, peak in groups:
                     group["lr"] = peak * schedule(progress["step"], n_steps, settings.warmup_steps)
-                pending.append(update(model, window, optimizers, settings.grad_clip, scaler, scorer, autocast))
+                n_tokens = next(token_counts)
+                sums = update(learner, window, n_tokens, optimizers, settings.grad_clip, autocast, scaler)
+                pending.append((*sums, n_tokens))
                 progress["step"] += 1
                 if libc and progress["step"] % 2 == 0:
                     libc.malloc_trim(0)  # batches of many sizes leave holes in the heap: without this it grows
                 bar.update()
-                stopping, save_now = bool(signals), time.monotonic() - saved_at > 60 * settings.save_every
+                save_now = time.monotonic() - saved_at > 60 * settings.save_every
+                stopping, save_now = largest(max(signals, default=0), save_now)
                 at_point = progress["step"] % record["steps_per_point"] == 0
                 if at_point or progress["step"] == stop or save_now or stopping:
                     loss = drain(pending, progress, record, scaler)
@@ -1182,10 +1382,32 @@ def train(model, train_set, test_set, settings, record, precision):
             save_last(folder, model, record, progress, optimizers, scaler)
             saved_at = time.monotonic()
             bar.close()
-        if signals:
-            raise KeyboardInterrupt(signals[0], f"saved after step {progress['step']:,} of {n_steps:,}")
+            (stopping,) = largest(max(signals, default=stopping))
+        if stopping:
+            raise KeyboardInterrupt(int(stopping), f"saved after step {progress['step']:,} of {n_steps:,}")
         test_loss, test_accuracy = evaluate(model, test_loader)  # in fp32, on CUDA with TF32
         finish_epoch(model, epoch, test_loss, test_accuracy, settings, record, progress)
+
+
+def prepare_backend(device, precision):
+    """Set what PyTorch keeps for the whole process. Returns what keep_freed_memory does, on a CPU."""
+    if device == "cuda" and precision != "fp32":
+        torch.set_float32_matmul_precision("high")  # TF32 for the products that stay fp32, those of evaluate
+    if device == "cpu":  # despite its name: attention with dropout then stays in bf16
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    return keep_freed_memory() if device == "cpu" else None
+
+
+def count_tokens(lengths, batches, batches_a_step):
+    """The number of real tokens of each step, in all processes."""
+    windows = (batches[i : i + batches_a_step] for i in range(0, len(batches), batches_a_step))
+    return [int(lengths[np.concatenate(window)].sum()) for window in windows]
+
+
+def progress_bar(label, n_done, n_steps):
+    return tqdm(desc=label, initial=n_done, total=n_steps, file=sys.stdout if rank() else sys.stderr, leave=False,
+                bar_format="{desc} {percentage:3.0f}%|{bar}| {n}/{total} [{elapsed}{postfix}]", dynamic_ncols=True,
+                mininterval=0.5 if sys.stderr.isatty() else 60)
 
 
 def show_progress(bar, loss, progress, n_steps):
@@ -1214,6 +1436,8 @@ def finish_epoch(model, epoch, test_loss, test_accuracy, settings, record, progr
                "test_perplexity": float(np.exp(test_loss)), "test_accuracy": test_accuracy,
                "tokens": n_tokens, "seconds": seconds}
     record["epochs"].append(figures)
+    if rank():
+        return
     print("epoch {epoch}/{0}  train loss {train_loss:.3f}, accuracy {train_accuracy:.1%}  test loss {test_loss:.3f}, "
           "accuracy {test_accuracy:.1%}, perplexity {test_perplexity:.2f}  {seconds:,.0f} s"
           .format(settings.epochs, **figures))
@@ -1245,12 +1469,14 @@ def previous_run(settings):
         if newer.exists() and (whole := read_record(newer))["step"] == record["step"]:
             record = whole  # last was saved before that epoch was evaluated
         before, _ = dict(record["settings"]), (record["data"]["source"], record["step"], record["curve"])
+        before["accum_steps x processes"] = before.get("accum_steps", 0) * record.get("processes", 1)
         finished = record["epochs"] and record["epochs"][-1]["step"] == record["steps"]
     except InputError:
         raise
     except (FileNotFoundError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise InputError(f"{folder} holds a run that cannot go on ({error!r}), --overwrite starts over") from error
     fixed = {f.name: getattr(settings, f.name) for f in fields(settings) if not f.metadata["free"]}
+    fixed["accum_steps x processes"] = settings.accum_steps * world_size()
     refuse_changes(folder, before, fixed)
     return record | {"finished": finished}
 
@@ -1275,33 +1501,50 @@ def main(argv=None):
     settings = parse(Settings, __doc__, argv)
     device = pick_device(settings.device)
     precision = pick_precision(settings.precision, device)
-    with locked(settings.checkpoints, settings.plots):
-        folder, before = Path(settings.checkpoints), previous_run(settings)
-        if before and before["finished"]:
-            newest = folder / f"epoch_{len(before['epochs'])}"
-            print(f"{folder} holds this run, and it is finished; next: python gpt2_generate.py --model {newest}")
+    with process_group(device), nullcontext() if rank() else locked(settings.checkpoints, settings.plots):
+        with first_process_first():
+            prepared = prepare_run(settings, device)
+        if not prepared:
             return
-
-        train_set, test_set, tokenizer, data = prepare_stories(settings, before)
-        torch.manual_seed(settings.seed)
-        if before:
-            refuse_changes(folder, before["data"], data)
-            model = load_checkpoint(folder / "last", device)
-            print(f"continuing the interrupted run from its last save, after step {before['step']:,}")
-        else:
-            model = GPT(model_config(settings, tokenizer), tokenizer).to(device)
-        encode_prompt(model, settings.prompt)  # better refused now than after an epoch
-        if settings.overwrite:
-            for stale in saved_folders(folder):
-                shutil.rmtree(stale)
-        record = new_record(settings, data, model)
-        record |= {name: before[name] for name in ("step", "epochs", "curve") if before}
-        print(f"model      {record['parameters'] / 1e6:.1f} M parameters, on {device} in {precision}\ntraining   "
-              f"{record['steps']:,} steps of {settings.batch_size} x {settings.accum_steps} stories", flush=True)
+        model, train_set, test_set, record = prepared
+        n_stories = settings.batch_size * settings.accum_steps * world_size()
+        where = f"on {device}" if world_size() == 1 else f"in {world_size()} processes on {device}"
+        print(f"model      {record['parameters'] / 1e6:.1f} M parameters, {where} in {precision}\ntraining   "
+              f"{record['steps']:,} steps of {n_stories} stories, {settings.batch_size} at a time", flush=True)
         train(model, train_set, test_set, settings, record, precision)
-        newest = folder / f"epoch_{len(record['epochs'])}"
+        newest = Path(settings.checkpoints) / f"epoch_{len(record['epochs'])}"
         print(f"test perplexity {record['epochs'][-1]['test_perplexity']:.2f}; the model is in {newest}, the plots are "
               f"in {settings.plots}\nnext: python gpt2_generate.py --model {newest}")
+
+
+def prepare_run(settings, device):
+    """(model, train_set, test_set, record) of a new run or of the one to continue; None where that is finished."""
+    folder, before = Path(settings.checkpoints), previous_run(settings)
+    if before and before["finished"]:
+        newest = folder / f"epoch_{len(before['epochs'])}"
+        print(f"{folder} holds this run, and it is finished; next: python gpt2_generate.py --model {newest}")
+        return None
+
+    train_set, test_set, tokenizer, data = prepare_stories(settings, before)
+    torch.manual_seed(settings.seed)
+    if before:
+        refuse_changes(folder, before["data"], data)
+        model = load_checkpoint(folder / "last", device)
+        print(f"continuing the interrupted run from its last save, after step {before['step']:,}")
+    elif settings.init:
+        model = load_checkpoint(find_checkpoint(settings.init), device, dtype="float32", **dropout_rates(settings))
+        n_positions = model.config.n_positions
+        require(settings.n_positions <= n_positions, "n_positions", settings.n_positions,
+                f"the checkpoint of --init {settings.init} has {n_positions}")
+    else:
+        model = GPT(model_config(settings, tokenizer), tokenizer).to(device)
+    model.wpe.weight.requires_grad_(bool(settings.init))
+    encode_prompt(model, settings.prompt)  # better refused now than after an epoch
+    if settings.overwrite and not rank():
+        for stale in saved_folders(folder):
+            shutil.rmtree(stale)
+    record = new_record(settings, data, model)
+    return model, train_set, test_set, record | {name: before[name] for name in ("step", "epochs", "curve") if before}
 
 
 def new_record(settings, data, model):
@@ -1310,23 +1553,27 @@ def new_record(settings, data, model):
     import matplotlib
     import transformers
 
-    per_epoch = math.ceil(math.ceil(data["train_stories"] / settings.batch_size) / settings.accum_steps)
+    per_epoch = math.ceil(data["train_stories"] / settings.batch_size)  # batches, and then steps
+    per_epoch = math.ceil(per_epoch / (settings.accum_steps * world_size()))
     steps = min(settings.max_steps or math.inf, settings.epochs * per_epoch)
     per_point = min(per_epoch, math.ceil(steps / 1000))
     versions = {module.__name__: module.__version__ for module in (torch, transformers, datasets, matplotlib)}
     parameters = sum(weight.numel() for weight in gpt2_layout(model).values())
-    return {"settings": asdict(settings), "data": data, "parameters": parameters,
+    return {"settings": asdict(settings), "processes": world_size(), "data": data, "parameters": parameters,
             "steps": steps, "steps_per_epoch": per_epoch, "steps_per_point": per_point,
             "step": 0, "epochs": [], "curve": [], "versions": {"python": platform.python_version(), **versions}}
+
+
+def dropout_rates(settings):
+    return dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), settings.dropout)
 
 
 def model_config(settings, tokenizer):
     from transformers import GPT2Config
 
     sizes = {name: getattr(settings, name) for name in ("n_positions", "n_embd", "n_layer", "n_head", "n_inner")}
-    dropout = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), settings.dropout)
     eos = tokenizer.eos_token_id
-    return GPT2Config(vocab_size=len(tokenizer), **sizes, **dropout, bos_token_id=eos, eos_token_id=eos,
+    return GPT2Config(vocab_size=len(tokenizer), **sizes, **dropout_rates(settings), bos_token_id=eos, eos_token_id=eos,
                       tie_word_embeddings=False, architectures=["GPT2LMHeadModel"], dtype="float32")
 
 

@@ -59,7 +59,6 @@ class Recipe:
     optimizers: Callable = project.make_optimizers
     schedule: Callable = project.schedule
     batches: Callable = project.epoch_batches
-    loss: Callable = project.score
     average: float = 0.0  # of an exponential moving average of the weights: the share that a step keeps
     plain: bool = False  # the updates of the naive loop
 
@@ -181,12 +180,17 @@ def with_positions(model, settings, dtype):
     return optimizers
 
 
-def z_loss(model, input_ids, targets):
-    """PaLM's: 1e-4 times the square of the log of the softmax's denominator."""
-    logits = model(input_ids).float()
-    denominators = logits.logsumexp(-1)[targets != project.IGNORE]
-    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=project.IGNORE, reduction="sum")
-    return loss + 1e-4 * denominators.square().sum(), (logits.argmax(-1) == targets).sum()
+class ZLoss(project.GPT):
+    """With PaLM's: 1e-4 times the square of the log of the softmax's denominator."""
+
+    def forward(self, input_ids, targets=None):
+        logits = super().forward(input_ids)
+        if targets is None:
+            return logits
+        denominators = logits.float().logsumexp(-1)[targets != project.IGNORE]
+        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=project.IGNORE,
+                               reduction="sum")
+        return loss + 1e-4 * denominators.square().sum(), (logits.argmax(-1) == targets).sum()
 
 
 PLAIN = {"model": Plain, "optimizers": plain_optimizers, "schedule": lambda *arguments: 1, "batches": random_batches,
@@ -199,7 +203,7 @@ RECIPES = {
     "AdamW alone, dropout 0.1": Recipe({"dropout": 0.1}, optimizers=adamw_alone()),
     "AdamW alone, embedding and head x 10": Recipe(optimizers=adamw_alone(10)),
     **{f"AdamW alone, {rate:g}": Recipe({"learning_rate": rate}, optimizers=adamw_alone()) for rate in (1e-3, 3e-3)},
-    **{f"learning rate {rate:g}": Recipe({"learning_rate": rate}) for rate in (1e-4, 6e-4, 1e-3)},
+    **{f"learning rate {rate:g}": Recipe({"learning_rate": rate}) for rate in (1e-4, 6e-4, 1e-3, 3e-3)},
     **{f"Muon's rate {rate:g}": Recipe({"muon_learning_rate": rate}) for rate in (0.005, 0.01, 0.04)},
     **{f"embedding and head x {factor}": Recipe(optimizers=outer_rate(factor / 10)) for factor in (1, 3, 30)},
     "vectors x 10": Recipe(
@@ -232,7 +236,7 @@ RECIPES = {
     "blocks of 1 over sqrt(fan-in)": Recipe(change=fan_in),
     "average 0.99": Recipe(average=0.99),
     "random batches": Recipe(batches=random_batches),
-    "z-loss": Recipe(loss=z_loss),
+    "z-loss": Recipe(model=ZLoss),
     # Those below differ in what a run costs.
     **{f"{8 * n} stories a step": Recipe({"accum_steps": n}) for n in (1, 4)},
     **{f"{width} wide": Recipe({"n_embd": width, "n_inner": 2 * width, "n_head": width // 64}) for width in (128, 512)},
@@ -276,8 +280,8 @@ def train(name, seed, base, device, precision):
             if recipe.plain:
                 losses.append(plain_update(model, window, optimizers, settings.accum_steps, scaler, autocast))
             else:
-                loss, _, _, n_tokens = project.update(model, window, optimizers, settings.grad_clip, scaler,
-                                                      recipe.loss, autocast)
+                n_tokens = sum(int((targets != project.IGNORE).sum()) for _, targets in window)
+                loss, *_ = project.update(model, window, n_tokens, optimizers, settings.grad_clip, autocast, scaler)
                 losses.append(float(loss) / n_tokens)
             step += 1
             if libc:
@@ -344,13 +348,13 @@ def score(model, test_set, batches):
 @torch.no_grad()
 def write_stories(model, length):
     """What a model writes: of each prompt a greedy and a sampled story, and two shares, taken over 5 sampled ones."""
-    eos, vocabulary = model.tokenizer.eos_token_id, model.config.vocab_size
+    vocabulary = model.config.vocab_size
     generator = torch.Generator(model.device)
 
-    def greedy(x):
+    def greedy(x, *_):
         return model.lm_head(x)[:, :vocabulary].argmax(-1)
 
-    def sampled(x):
+    def sampled(x, *_):
         probabilities = project.next_probabilities(model.lm_head(x)[:, :vocabulary], TEMPERATURE, 0, 1.0)
         return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
 
@@ -359,12 +363,10 @@ def write_stories(model, length):
         ids, texts = project.encode_prompt(model, prompt), []
         for choose, n_samples in ((greedy, 1), (sampled, 5)):
             generator.manual_seed(1)
-            rows = torch.tensor([ids] * n_samples, device=model.device)
             with project.evaluation_mode(model):
-                rows = project.continue_rows(model, rows, length, choose, None).tolist()
-            texts += [model.tokenizer.decode(row[: (row + [eos]).index(eos)]) for row in rows]
-        # The rows stop when the last one ends, whose end is not among them.
-        ended += [eos in row or len(row) < len(ids) + length for row in rows]
+                rows = project.continue_rows(model, [ids] * n_samples, length, choose)
+            texts += model.tokenizer.batch_decode(rows)
+        ended += [len(row) < len(ids) + length for row in rows]
         repeated += [share_repeated(project.encode(model.tokenizer, text)) for text in texts[1:]]
         stories.append([prompt, *texts[:2]])
     return {"stories": stories, "ended": statistics.fmean(ended), "repeated": statistics.fmean(repeated)}

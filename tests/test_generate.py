@@ -87,14 +87,14 @@ def force_end(monkeypatch, after):
     """Make every text end after so many new tokens, and not before."""
     continue_rows = project.continue_rows
 
-    def ending(model, tokens, max_length, choose, streamer):
+    def ending(model, prompts, max_length, choose, *rest):
         end, n_calls = model.tokenizer.eos_token_id, itertools.count()
 
-        def choose_end(x):
-            ids = choose(x)
+        def choose_end(*arguments):
+            ids = choose(*arguments)
             return torch.full_like(ids, end) if next(n_calls) == after else ids.where(ids != end, 5)
 
-        return continue_rows(model, tokens, max_length, choose_end, streamer)
+        return continue_rows(model, prompts, max_length, choose_end, *rest)
 
     monkeypatch.setattr(project, "continue_rows", ending)
 

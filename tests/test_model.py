@@ -81,7 +81,7 @@ def test_the_sinusoid_is_that_of_the_paper():
 
 def test_positions_are_three_times_as_large_as_token_embeddings_and_not_trained(tokenizer):
     model = project.GPT(make_config(tokenizer, n_embd=128), tokenizer)
-    rms = {name: getattr(model, name).weight.square().mean().sqrt().item() for name in ("wte", "wpe")}
+    rms = {name: getattr(model, name).weight[:400].square().mean().sqrt().item() for name in ("wte", "wpe")}
     assert rms["wpe"] == pytest.approx(3 * rms["wte"], rel=0.05)
     assert not model.wpe.weight.requires_grad
     optimizers = project.make_optimizers(model, project.Settings(), torch.float32)

@@ -23,10 +23,17 @@ def loader_of(encoded, batches):
     return list(project.make_loader(encoded[0], batches))
 
 
+def backward(model, batches, *rest):
+    """(summed loss, right guesses, number of tokens) of all batches, as numbers; the gradients are in the model."""
+    n_tokens = sum(int((targets != project.IGNORE).sum()) for _, targets in batches)
+    loss, right = project.backward(model, batches, n_tokens, *rest)
+    return [loss.item(), right.item(), n_tokens]
+
+
 def gradients(model, batches, accum_steps):
     model.zero_grad()
-    sums = project.backward(model, batches[:accum_steps])
-    return [p.grad.clone() for p in model.parameters() if p.requires_grad], [float(value) for value in sums]
+    sums = backward(model, batches[:accum_steps])
+    return [p.grad.clone() for p in model.parameters() if p.requires_grad], sums
 
 
 @pytest.mark.parametrize("numbers", [list(range(8)), [5, 6, 7, 8, 9, 10, 11]], ids=["full window", "partial window"])
@@ -63,9 +70,9 @@ def test_the_loss_and_its_gradients_are_those_of_transformers(model, encoded, tm
     assert len(model.lm_head.weight) == 448 and not model.lm_head.weight.grad[400:].any()
 
 
-def plain_score(model, input_ids, targets):
+def plain_score(logits, targets, vocab_size):
     """score as PyTorch would do it by itself."""
-    logits, targets = model(input_ids).flatten(0, 1).float(), targets.flatten()
+    logits = logits[:, :vocab_size].float()
     loss = torch.nn.functional.cross_entropy(logits, targets, ignore_index=project.IGNORE, reduction="sum")
     return loss, (logits.argmax(-1) == targets).sum()
 
@@ -77,7 +84,7 @@ def test_cross_entropy_equals_that_of_pytorch(n_rows, dtype, n_padded):
     logits = (5 * torch.randn(n_rows, 300 + n_padded)).to(dtype).requires_grad_()
     targets = torch.randint(300, (n_rows,))
     targets[1::3] = project.IGNORE
-    expected, right = plain_score(lambda x: x[..., :300], logits[None], targets)
+    expected, right = plain_score(logits, targets, 300)
     (expected_gradient,) = torch.autograd.grad(expected * 0.3, logits)
     loss, right_too = project.CrossEntropy.apply(1 * logits, targets, 300)  # 1 *: its memory is overwritten
     (gradient,) = torch.autograd.grad(loss * 0.3, logits)
@@ -106,7 +113,7 @@ def test_attention_in_bf16_with_dropout_is_close_to_fp32(encoded, tokenizer):
             torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
             torch.manual_seed(1)
             model.zero_grad()
-            project.backward(model, batch, autocast=torch.autocast("cpu", dtype, enabled=dtype != torch.float32))
+            backward(model, batch, torch.autocast("cpu", dtype, enabled=dtype != torch.float32))
             found.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
     finally:
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(before)
@@ -115,29 +122,33 @@ def test_attention_in_bf16_with_dropout_is_close_to_fp32(encoded, tokenizer):
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
-def test_the_fast_path_has_the_loss_and_gradients_of_plain_fp32(dtype, tolerance, encoded, tokenizer):
+def test_the_fast_path_has_the_loss_and_gradients_of_plain_fp32(dtype, tolerance, encoded, tokenizer, monkeypatch):
     torch.manual_seed(0)
     model = project.GPT(make_config(tokenizer), tokenizer)
     batches = loader_of(encoded, [range(10), range(10, 16)])
     model.zero_grad()
-    expected_loss, *_ = project.backward(model, batches, plain_score)
+    with monkeypatch.context() as patch:
+        patch.setattr(project, "score", plain_score)
+        expected_loss, *_ = backward(model, batches)
     expected = [p.grad.clone() for p in model.parameters() if p.requires_grad]
     model.zero_grad()
-    loss, *_ = project.backward(model, batches, autocast=torch.autocast("cpu", dtype, enabled=dtype != torch.float32))
-    assert loss.item() == pytest.approx(expected_loss.item(), rel=tolerance / 10)
+    loss, *_ = backward(model, batches, torch.autocast("cpu", dtype, enabled=dtype != torch.float32))
+    assert loss == pytest.approx(expected_loss, rel=tolerance / 10)
     for p, gradient in zip((p for p in model.parameters() if p.requires_grad), expected, strict=True):
         assert (p.grad - gradient).norm() <= tolerance * gradient.norm()
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
-def test_the_compiled_score_has_the_loss_and_gradients_of_the_plain_one(model, encoded, capsys):
+def test_the_compiled_model_has_the_loss_and_gradients_of_the_plain_one(model, encoded, capsys, monkeypatch):
     batches = loader_of(encoded, [range(4), range(30, 33)])
-    compiled = project.compile_score(model, batches[0], None)
+    compiled = project.compile_model(model, batches[0], None)
     assert "off" not in capsys.readouterr().out
-    expected_sums = [float(value) for value in project.backward(model, batches, plain_score)]
+    with monkeypatch.context() as patch:
+        patch.setattr(project, "score", plain_score)
+        expected_sums = backward(model, batches)
     expected = [p.grad.clone() for p in model.parameters() if p.requires_grad]
     model.zero_grad()
-    assert [float(value) for value in project.backward(model, batches, compiled)] == pytest.approx(expected_sums)
+    assert backward(compiled, batches) == pytest.approx(expected_sums)
     for p, gradient in zip((p for p in model.parameters() if p.requires_grad), expected, strict=True):
         torch.testing.assert_close(p.grad, gradient, atol=1e-5, rtol=1e-3)
 
@@ -145,11 +156,11 @@ def test_the_compiled_score_has_the_loss_and_gradients_of_the_plain_one(model, e
 def test_padding_never_changes_a_loss(model, encoded):
     model.eval()
     input_ids, targets = (tensor[:, :30] for tensor in loader_of(encoded, [[3]])[0])
-    alone, right = project.score(model, input_ids, targets)
+    alone, right = model(input_ids, targets)
     for filler in (0, 9):  # whatever stands in the padding
         padded = torch.nn.functional.pad(input_ids, (0, 34), value=filler)
         more = torch.nn.functional.pad(targets, (0, 34), value=project.IGNORE)
-        loss, right_too = project.score(model, padded, more)
+        loss, right_too = model(padded, more)
         assert loss.item() == pytest.approx(alone.item(), rel=1e-6) and right_too == right
 
 
@@ -224,14 +235,14 @@ def test_a_gradient_that_overflows_in_fp16_is_skipped_whole(value, spoiled, mode
     optimizers = project.make_optimizers(model, project.Settings(), torch.float32)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     window = list(project.make_loader(encoded.ids, [[0, 1]]))
-    project.update(model, window, optimizers, 1.0, scaler, project.score, nullcontext())
+    project.update(model, window, 100, optimizers, 1.0, nullcontext(), scaler)
     before = [p.detach().clone() for p in model.parameters()]
     hook = model.get_parameter(spoiled).register_hook(lambda gradient: torch.full_like(gradient, value))
-    bad = project.update(model, window, optimizers, 1.0, scaler, project.score, nullcontext())[2]
+    bad = project.update(model, window, 100, optimizers, 1.0, nullcontext(), scaler)[2]
     assert all(torch.equal(one, two) for one, two in zip(before, model.parameters(), strict=True))
     assert scaler.get_scale() == 4.0 and not bad  # the run goes on, with a smaller scale
     hook.remove()
-    project.update(model, window, optimizers, 1.0, scaler, project.score, nullcontext())
+    project.update(model, window, 100, optimizers, 1.0, nullcontext(), scaler)
     assert not torch.equal(before[0], next(model.parameters()))
 
 
@@ -298,15 +309,14 @@ def test_the_recorded_test_loss_is_that_of_the_saved_model(finished, monkeypatch
 
 
 def test_dropout_is_on_again_after_a_sample(workspace, monkeypatch):
-    modes = []
-    score = project.backward.__defaults__[0]
+    modes, forward = [], project.GPT.forward
 
-    def spy(model, input_ids, targets):
+    def spy(model, *arguments):
         if torch.is_grad_enabled():
             modes.append((model.training, model.h[0].attn.training))
-        return score(model, input_ids, targets)
+        return forward(model, *arguments)
 
-    monkeypatch.setattr(project, "score", spy)
+    monkeypatch.setattr(project.GPT, "forward", spy)
     train("--precision fp32")
     assert len(modes) == 18 and set(modes) == {(True, True)}
 
@@ -443,9 +453,9 @@ def test_max_steps_ends_the_run_and_the_decay_there(workspace, capsys):
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(workspace, refused, monkeypatch):
     score, calls = project.score, []
 
-    def poisoned(model, input_ids, targets):
-        loss, right = score(model, input_ids, targets)
-        calls.append(model.training)
+    def poisoned(*arguments):
+        loss, right = score(*arguments)
+        calls.append(torch.is_grad_enabled())
         return (loss * float("nan") if sum(calls) == 15 else loss), right
 
     with monkeypatch.context() as patch:
@@ -463,6 +473,7 @@ def test_a_compiler_that_fails_is_reported_and_the_run_goes_on(finished, workspa
         def fail(*_):
             raise RuntimeError("no working compiler\nlong story")
 
+        fail.device = torch.device("cpu")
         return fail
 
     monkeypatch.setattr("torch.compile", broken)
@@ -497,7 +508,7 @@ def test_a_trained_model_learns_to_end_its_stories(tokenizer, tmp_path):
     model = project.GPT(make_config(tokenizer, n_embd=64), tokenizer)
     optimizers = project.make_optimizers(model, project.Settings(), torch.float32)
     for _ in range(150):
-        project.backward(model, list(project.make_loader(ids, [[0], [1]])))
+        backward(model, list(project.make_loader(ids, [[0], [1]])))
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
