@@ -124,6 +124,8 @@ class Settings:
         for name in ("tokenizer", "n_embd", "n_layer", "n_head", "n_inner") if self.init else ():
             value = getattr(self, name)
             require(value == getattr(Settings, name), name, value, f"the checkpoint of --init {self.init} has its own")
+        inside = Path(self.init).exists() and Path(self.checkpoints).resolve() in Path(self.init).resolve().parents
+        require(not inside, "init", self.init, "lies in --checkpoints, which is for the new run: give another folder")
 
 
 class Parser(argparse.ArgumentParser):
@@ -1072,8 +1074,10 @@ def flush(path):
 
 def find_checkpoint(name):
     """The folder of a checkpoint: name itself, or where the files of that name on the Hub are kept."""
-    if Path(name).exists() or not re.fullmatch(HUB_ID, str(name)):
+    if Path(name).exists():
         return Path(name)
+    if not re.fullmatch(HUB_ID, str(name)):
+        raise InputError(f"{name}: no such folder")
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import disable_progress_bars
 

@@ -47,16 +47,16 @@ def finished(tiny, tmp_path_factory):
     return folder
 
 
-def start(folder, arguments, prepare=None, *values):
-    """Run gpt2_tinystories.py in folder, its output in output.txt; prepare(*values) is called before."""
-    process = processes.Process(target=work, args=(folder, arguments.split(), prepare, values))
+def start(folder, arguments, prepare=None, *values, output="output.txt"):
+    """Run gpt2_tinystories.py in folder, its output in a file there; prepare(*values) is called before."""
+    process = processes.Process(target=work, args=(folder, arguments.split(), output, prepare, values))
     process.start()
     return process
 
 
-def work(folder, arguments, prepare, values):
+def work(folder, arguments, output, prepare, values):
     os.chdir(folder)
-    output = os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    output = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
     sys.argv = ["gpt2_tinystories.py", *arguments]

@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TextStreamer,
     TopKLogitsWarper,
@@ -56,6 +57,78 @@ def test_sampling_probabilities_equal_those_of_transformers(temperature, top_k, 
         warpers.append(TopPLogitsWarper(top_p))
     expected = warpers(None, logits.clone()).softmax(-1)
     torch.testing.assert_close(project.next_probabilities(logits, temperature, top_k, top_p), expected)
+
+
+PROMPTS = [PROMPT, "A", '"Hello," said Ben.\n', "Tom and Lily went to the park and saw a big dog there. The dog"]
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_greedy_texts_of_many_prompts_equal_those_of_transformers(penalty, model, checkpoint):
+    """There the shorter prompts are padded on the left; here the longer ones are read on, also where their context is
+    full before the end."""
+    theirs = AutoModelForCausalLM.from_pretrained(checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, padding_side="left")
+    tokenizer.pad_token = tokenizer.eos_token
+    inputs = tokenizer(PROMPTS, return_tensors="pt", padding=True)
+    options = {"do_sample": False, "max_new_tokens": 20}
+    if penalty == 1:  # with left padding transformers makes the padding less likely, too
+        expected = tokenizer.batch_decode(theirs.generate(**inputs, **options), skip_special_tokens=True)
+        assert project.generate_text(model, PROMPTS, 20) == expected
+    alone = [
+        theirs.generate(**tokenizer(prompt, return_tensors="pt"), repetition_penalty=penalty, **options)[0]
+        for prompt in PROMPTS
+    ]
+    texts = project.generate_text(model, PROMPTS, 20, repetition_penalty=penalty)
+    assert texts == tokenizer.batch_decode(alone, skip_special_tokens=True)
+    long = project.generate_text(model, PROMPTS, 150, repetition_penalty=penalty)
+    assert long == [project.generate_text(model, prompt, 150, repetition_penalty=penalty) for prompt in PROMPTS]
+
+
+def test_penalized_logits_equal_those_of_transformers():
+    logits, tokens = 3 * torch.randn(4, 50), torch.randint(0, 50, (4, 30))
+    expected = RepetitionPenaltyLogitsProcessor(1.7)(tokens, logits.clone())
+    torch.testing.assert_close(project.penalize(logits, tokens, 1.7), expected)
+
+
+@pytest.mark.parametrize("method", ["greedy", "sample"])
+@pytest.mark.parametrize("stop", [" a", ["zzz", "e"], "he", "."])
+def test_a_text_ends_with_the_token_that_completes_a_stop(stop, method, model):
+    """By hand from the text without a stop: the shortest one whose new part holds it."""
+    ids = project.encode(model.tokenizer, PROMPT)
+    parts = [project.generate_text(model, PROMPT, n, method, seed=2) for n in range(1, 41)]
+    stops = [stop] if isinstance(stop, str) else stop
+    hits = [text for text in parts if any(end in text[len(PROMPT) :] for end in stops)]
+    expected = (hits or parts[-1:])[0]
+    assert project.generate_text(model, PROMPT, 40, method, seed=2, stop=stop) == expected
+    several = project.generate_text(model, [PROMPT, "One day"], 40, method, seed=2, stop=stop)
+    assert several[0] == expected and ids
+
+
+@pytest.mark.parametrize("at, length", [(0, 1), (9, 3), (20, 2)])
+def test_a_stop_is_that_of_transformers(at, length, model, checkpoint):
+    theirs, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
+    inputs = tokenizer(PROMPT, return_tensors="pt")
+    whole = project.generate_text(model, PROMPT, 40)
+    stop = whole[len(PROMPT) + at :][:length]
+    ids = theirs.generate(**inputs, do_sample=False, max_new_tokens=40, stop_strings=[stop], tokenizer=tokenizer)[0]
+    expected = tokenizer.decode(ids, skip_special_tokens=True)
+    assert project.generate_text(model, PROMPT, 40, stop=stop) == expected != whole
+
+
+def test_a_sample_is_the_same_alone_and_among_others(model):
+    options = {"method": "sample", "temperature": 0.8, "top_k": 50, "top_p": 0.9, "repetition_penalty": 1.1}
+    texts = project.generate_text(model, PROMPTS, 30, seed=5, num_samples=2, **options)
+    alone = [project.generate_text(model, prompt, 30, seed=5 + i, **options) for prompt in PROMPTS for i in (0, 1)]
+    assert texts == alone and len(set(texts)) == 8
+
+
+def test_what_is_picked_is_where_the_sum_exceeds_the_number():
+    probabilities = torch.tensor([[0.0, 0.25, 0.0, 0.5, 0.25, 0.0]])
+    numbers = {0.0: 1, 0.24: 1, 0.25: 3, 0.74: 3, 0.75: 4, 1 - 2**-24: 4}
+    for number, expected in numbers.items():
+        assert project.pick(probabilities, torch.tensor([[number]])).item() == expected
+    rough = torch.rand(50, 5000).softmax(-1) * (torch.rand(50, 5000) < 0.5)  # sums are not quite 1, and half are 0
+    assert rough.gather(1, project.pick(rough, torch.full((50, 1), 1 - 2**-24))[:, None]).min() > 0
 
 
 def test_samples_follow_the_probabilities(model):
@@ -197,6 +270,13 @@ def test_the_end_of_text_in_a_prompt_is_plain_text(model):
         {"top_p": 0.0},
         {"top_p": 1.1},
         {"num_samples": 0},
+        {"repetition_penalty": 0.0},
+        {"repetition_penalty": float("inf")},
+        {"stop": ""},
+        {"stop": ("a", "")},
+        {"prompt": []},
+        {"prompt": ["One", ""]},
+        {"prompt": ["One", "word " * 100]},
     ],
 )
 def test_arguments_out_of_range_are_refused_by_name(arguments, model):
@@ -222,6 +302,18 @@ def test_its_flags_reach_the_generator(checkpoint, model, capsys):
     expected = [project.generate_text(model, "One", 15, "sample", seed=seed, **options) for seed in (5, 6)]
     assert expected[0] != expected[1]
     assert all(text in shown for text in expected)
+
+
+def test_a_batch_of_stories_is_that_of_single_ones(checkpoint, model, capsys):
+    arguments = "--max-length 15 --stop zz --repetition-penalty 1.2 --prompt One --prompt".split() + ["A b"]
+    for more in ([], ["--method", "sample", "--num-samples", "2", "--seed", "5"]):
+        gpt2_generate.main([*arguments, *more])
+        shown = capsys.readouterr().out
+        gpt2_generate.main([*arguments, *more, "--batch"])
+        assert capsys.readouterr().out == shown
+    assert project.generate_text(model, "A b", 15, repetition_penalty=1.2) not in shown
+    options = {"repetition_penalty": 1.2, "top_p": 0.9, "seed": 6}
+    assert project.generate_text(model, "A b", 15, "sample", **options) in shown
 
 
 def test_the_newest_epoch_is_found_by_number(workspace, tokenizer):

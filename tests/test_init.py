@@ -1,0 +1,150 @@
+"""--init: going on from checkpoints of other people's, against transformers."""
+
+import json
+
+import pytest
+import torch
+from conftest import read_run, same_runs
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+import gpt2_generate
+import gpt2_tinystories as project
+
+RUN = "--data sample --fraction 0.0067 --epochs 2 --n-positions 64 --precision fp32"
+
+
+@pytest.fixture(scope="module")
+def foreign(tokenizer, tmp_path_factory):
+    """A GPT-2 as transformers makes and saves it: 12 layers, tied head, learned positions, n_inner left open."""
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("foreign") / "gpt2"
+    config = GPT2Config(vocab_size=400, n_positions=96, n_embd=32, n_layer=12, n_head=4, initializer_range=0.2)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def rewrite(source, folder, change_weights=None, **config):
+    """A copy of a checkpoint with other weights or another config.json."""
+    folder.mkdir()
+    for path in source.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | config))
+    if change_weights:
+        save_file(change_weights(load_file(folder / "model.safetensors")), folder / "model.safetensors")
+    return folder
+
+
+def assert_equal_logits(model, theirs):
+    input_ids = torch.randint(0, 400, (3, 96))
+    torch.testing.assert_close(model.eval()(input_ids), theirs.eval()(input_ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_the_logits_are_those_of_transformers(foreign):
+    theirs = AutoModelForCausalLM.from_pretrained(foreign)
+    model = project.load_checkpoint(foreign)
+    assert model.lm_head.weight is model.wte.weight
+    assert_equal_logits(model, theirs)
+    text = project.generate_text(model, "Once upon a time", 30)
+    inputs = model.tokenizer("Once upon a time", return_tensors="pt")
+    eos = model.tokenizer.eos_token_id
+    ids = theirs.generate(**inputs, do_sample=False, max_new_tokens=30, eos_token_id=eos, pad_token_id=eos)[0]
+    assert text == model.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_files_with_openais_names_are_read(foreign, tmp_path):
+    """No `transformer.`, masks among the weights, half precision."""
+
+    def rename(weights):
+        masks = {f"h.{i}.attn.bias": torch.ones(1, 1, 96, 96).tril() for i in range(12)}
+        masks |= {f"h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in range(12)}
+        return masks | {name.removeprefix("transformer."): weight.half() for name, weight in weights.items()}
+
+    folder = rewrite(foreign, tmp_path / "openai", rename)
+    assert_equal_logits(project.load_checkpoint(folder), AutoModelForCausalLM.from_pretrained(folder).float())
+
+
+def test_a_tuned_checkpoint_loads_in_transformers(foreign, workspace, capsys):
+    project.main(f"{RUN} --init {foreign} --dropout 0.1".split())
+    assert "tokens     5,120 of " in capsys.readouterr().out  # 80 stories cut at 64
+    model, record = read_run()
+    theirs, info = AutoModelForCausalLM.from_pretrained("checkpoints/epoch_2", output_loading_info=True)
+    assert not any(info.values()), info
+    assert_equal_logits(model, theirs)
+    assert theirs.config.tie_word_embeddings and theirs.config.resid_pdrop == 0.1 and theirs.config.n_positions == 96
+    assert "lm_head.weight" not in load_file("checkpoints/epoch_2/model.safetensors")
+    first, second = record["epochs"]
+    assert second["test_loss"] < first["test_loss"]
+    assert record["settings"]["init"] == str(foreign)
+    assert record["parameters"] == sum(p.numel() for p in theirs.parameters())
+    before = project.load_checkpoint(foreign)
+    for name, weight in model.named_parameters():  # all of them learn, the positions, too
+        assert not torch.equal(weight, before.get_parameter(name)), name
+
+
+def test_the_first_loss_is_that_of_the_checkpoint(finished, workspace, monkeypatch):
+    """One of our own, whose positions were fixed and whose head is its own."""
+    init = finished / "checkpoints" / "epoch_2"
+    model, record = read_run(finished / "checkpoints")
+    losses, update = [], project.update
+
+    def spy(model, window, n_tokens, *rest):
+        sums = update(model, window, n_tokens, *rest)
+        losses.append(sums[0].item() / n_tokens)
+        return sums
+
+    monkeypatch.setattr(project, "update", spy)
+    project.main(f"{RUN} --max-steps 2 --init {init}".split())
+    with torch.no_grad():
+        expected = []
+        ids = project.prepare_stories(project.parse(project.Settings, "", f"{RUN} --init {init}".split()), None)[0]
+        for batch in project.epoch_batches(ids.lengths, 8, 42, 1)[:2]:
+            loss, _ = model(*project.pad_batch([ids.ids[i] for i in batch]))
+            expected.append((loss.item(), ids.lengths[batch].sum()))
+    assert losses[0] == pytest.approx(sum(e[0] for e in expected) / sum(e[1] for e in expected), rel=1e-5)
+
+
+def test_a_tuning_that_was_interrupted_continues(foreign, workspace, monkeypatch):
+    project.main(f"{RUN} --init {foreign} --checkpoints unbroken/checkpoints --plots unbroken/plots".split())
+    with monkeypatch.context() as patch:
+        patch.setattr(project, "evaluate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            project.main(f"{RUN} --init {foreign}".split())
+    project.main(f"{RUN} --init {foreign}".split())
+    same_runs(workspace, workspace / "unbroken")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("--init {} --n-layer 3", "--n-layer 3: the checkpoint of --init {} has its own"),
+        ("--init {} --tokenizer bpe:300", "--tokenizer bpe:300: the checkpoint of --init {} has its own"),
+        ("--init {} --n-positions 97", "--n-positions 97: the checkpoint of --init {} has 96"),
+        ("--init nowhere/at_all", "nowhere/at_all: no folder, not in the local cache, and the Hugging Face Hub"),
+        ("--init ../nowhere", "../nowhere: no such folder"),
+        ("--init {} --checkpoints {}/..", "--init {}: lies in --checkpoints"),
+    ],
+)
+def test_what_cannot_be_started_from_is_refused(arguments, message, foreign, workspace, refused):
+    line = refused(project.main, f"{RUN} {arguments.replace('{}', str(foreign))}")
+    assert message.replace("{}", str(foreign)) in line
+    assert not (workspace / "checkpoints" / "last").exists()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"activation_function": "relu"},
+        {"scale_attn_by_inverse_layer_idx": True},
+        {"scale_attn_weights": False},
+        {"add_cross_attention": True},
+        {"model_type": "llama"},
+        {"tie_word_embeddings": False},
+    ],
+)
+def test_checkpoints_that_compute_otherwise_are_refused(config, foreign, tmp_path, refused):
+    folder = rewrite(foreign, tmp_path / "other", **config)
+    line = refused(gpt2_generate.main, ["--model", str(folder)])
+    assert ("lm_head.weight" if "tie_word_embeddings" in config else next(iter(config))) in line

@@ -1,0 +1,234 @@
+"""Several processes, as torchrun starts them, against one with the same stories a step."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from conftest import SIZES, read_run, same_runs, train
+from test_crash import read, start, wait_for
+
+import gpt2_tinystories as project
+from sample_stories import sample_stories
+
+RUN = f"--data {{}} --fraction 1 --epochs 2 --tokenizer bpe:400 --precision fp32 {SIZES}"
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """The arguments of a tiny run: 72 training stories make 9 batches, so that with 4 a step the last one has 1."""
+    folder = tmp_path_factory.mktemp("stories") / "stories"
+    datasets.Dataset.from_dict({"text": list(sample_stories(80))}).save_to_disk(folder)
+    return RUN.format(folder)
+
+
+@pytest.fixture(scope="module")
+def alone(tiny, tmp_path_factory):
+    """The folder of that run in one process, 4 batches a step."""
+    folder = tmp_path_factory.mktemp("alone")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        train("--accum-steps 4", tiny)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pair(tiny, tmp_path_factory):
+    """The folder of that run in two processes, 2 x 2 batches a step."""
+    folder = tmp_path_factory.mktemp("pair")
+    assert run_all(folder, tiny, 2) == [0, 0], read(folder)
+    return folder
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def start_all(folder, arguments, n_processes, prepare=None, *values):
+    port = free_port()
+    return [
+        start(folder, arguments, be_process, i, n_processes, port, prepare, *values, output=f"output_{i}.txt")
+        for i in range(n_processes)
+    ]
+
+
+def be_process(i, n_processes, port, prepare, *values):
+    names = {"RANK": i, "LOCAL_RANK": i, "WORLD_SIZE": n_processes, "LOCAL_WORLD_SIZE": n_processes}
+    os.environ |= {name: str(value) for name, value in names.items()}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    if prepare:
+        prepare(*values)
+
+
+def run_all(folder, arguments, n_processes, prepare=None, *values):
+    """The exit codes of all processes."""
+    if "--accum-steps" not in arguments:
+        arguments += f" --accum-steps {4 // n_processes}"
+    started = start_all(folder, arguments, n_processes, prepare, *values)
+    for process in started:
+        process.join(120)
+        assert process.exitcode is not None, "it hangs"
+    return [process.exitcode for process in started]
+
+
+def output(folder, i):
+    return (folder / f"output_{i}.txt").read_text()
+
+
+def assert_same_figures(one, two):
+    """Equal but for the order in which sums were rounded."""
+    _, record = read_run(one / "checkpoints")
+    _, expected = read_run(two / "checkpoints")
+    assert [step for step, _ in record["curve"]] == [1, 2, 3, 4, 5, 6]
+    for (_, loss), (_, expected_loss) in zip(record["curve"], expected["curve"], strict=True):
+        assert loss == pytest.approx(expected_loss, abs=1e-5)
+    for epoch, expected_epoch in zip(record["epochs"], expected["epochs"], strict=True):
+        assert epoch["test_loss"] == pytest.approx(expected_epoch["test_loss"], abs=1e-5)
+        for name in ("train_accuracy", "test_accuracy"):
+            assert epoch[name] == pytest.approx(expected_epoch[name], abs=1e-3)
+        assert epoch["tokens"] == record["data"]["train_tokens"]
+
+
+def test_two_processes_learn_what_one_learns(pair, alone):
+    assert_same_figures(pair, alone)
+    assert output(pair, 1) == "" and "in 2 processes on cpu" in output(pair, 0)
+    assert "6 steps of 32 stories, 8 at a time" in output(pair, 0)
+    assert not list(pair.rglob("*.tmp"))
+
+
+def test_four_processes_learn_what_one_learns(tiny, alone, tmp_path):
+    """In the last step of an epoch three of them have no story."""
+    assert run_all(tmp_path, tiny, 4) == [0, 0, 0, 0]
+    assert_same_figures(tmp_path, alone)
+
+
+def test_each_story_is_seen_once_by_one_process(monkeypatch):
+    lengths = np.random.default_rng(0).integers(1, 50, 77)
+    batches = project.epoch_batches(lengths, 4, 1, 1)
+    for n_processes in (1, 3, 8):
+        monkeypatch.setenv("WORLD_SIZE", str(n_processes))
+        shares = []
+        for i in range(n_processes):
+            monkeypatch.setenv("RANK", str(i))
+            shares.append(project.share(batches))
+        assert len({len(part) for part in shares}) == 1
+        seen = [story for part in shares for batch in part for story in batch]
+        assert sorted(seen) == list(range(77))
+        # The batches of a step, over all processes, are those that its number of tokens is of.
+        targets = [int(lengths[np.concatenate(window)].sum()) for window in zip(*shares, strict=True)]
+        assert targets == project.count_tokens(lengths, batches, n_processes)
+
+
+def test_an_empty_batch_changes_nothing(model):
+    input_ids, targets = project.pad_batch([])
+    assert input_ids.tolist() == [[0]] and targets.tolist() == [[project.IGNORE]]
+    loss, right = model.train()(input_ids, targets)
+    loss.backward()
+    assert loss == 0 and right == 0
+    assert not any(p.grad.any() for p in model.parameters() if p.requires_grad)
+
+
+def kill_after_step(n):
+    """Have this process kill itself when it begins step n + 1."""
+    update, left = project.update, [n]
+
+    def dying(*arguments):
+        left[0] -= 1
+        if left[0] < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return update(*arguments)
+
+    project.update = dying
+
+
+def test_killed_processes_continue_like_unbroken_ones(tiny, pair, tmp_path):
+    assert run_all(tmp_path, f"{tiny} --save-every 0", 2, kill_after_step, 2) == [-signal.SIGKILL] * 2
+    assert run_all(tmp_path, f"{tiny} --save-every 0", 2) == [0, 0]
+    assert "continuing the interrupted run from its last save, after step 2" in output(tmp_path, 0)
+    same_runs(tmp_path, pair)
+
+
+def test_another_number_of_processes_continues_with_as_many_batches_a_step(tiny, alone, tmp_path, refused, monkeypatch):
+    assert run_all(tmp_path, f"{tiny} --save-every 0", 2, kill_after_step, 4) == [-signal.SIGKILL] * 2
+    monkeypatch.chdir(tmp_path)
+    assert "accum_steps x processes was 4, is 2" in refused(project.main, f"{tiny} --accum-steps 2")
+    train("--accum-steps 4", tiny)
+    assert_same_figures(tmp_path, alone)
+
+
+def test_a_signal_saves_and_stops_all(tiny, pair, tmp_path):
+    """One process alone gets it, and all of them stop after the same step."""
+    started = start_all(tmp_path, f"{tiny} --accum-steps 2", 2, slow_steps)
+    wait_for(lambda: (tmp_path / "steps").exists())
+    os.kill(started[1].pid, signal.SIGTERM)
+    for process in started:
+        process.join(60)
+    assert [process.exitcode for process in started] == [143, 143]
+    assert "saved after step" in output(tmp_path, 0).splitlines()[-1] and "saved" not in output(tmp_path, 1)
+    assert run_all(tmp_path, tiny, 2) == [0, 0]
+    same_runs(tmp_path, pair)
+
+
+
+def slow_steps():
+    """Make every step take 0.3 s, and note in a file that it begins."""
+    update = project.update
+
+    def slow_update(*arguments):
+        if not project.rank():
+            Path("steps").write_text("step")
+        time.sleep(0.3)
+        return update(*arguments)
+
+    project.update = slow_update
+
+
+def fail_in_process_1():
+    update = project.update
+
+    def failing(*arguments):
+        if project.rank():
+            raise torch.OutOfMemoryError("out of memory")
+        return update(*arguments)
+
+    project.update = failing
+
+
+def test_a_failure_of_one_ends_the_others_with_a_line(tiny, tmp_path):
+    """Without torchrun, which would end the others itself, they end by themselves after a while."""
+    assert run_all(tmp_path, tiny, 2, fail_in_process_1) == [1, 2]
+    assert "halve --batch-size" in output(tmp_path, 1).splitlines()[-1]
+    assert "no connection to the other processes" in output(tmp_path, 0).splitlines()[-1]
+    assert "Traceback" not in output(tmp_path, 0) + output(tmp_path, 1)
+
+
+@pytest.mark.parametrize("wrong", ["--data nowhere.txt", "--dropout 2"])
+def test_torchrun_shows_a_mistake_in_one_line(wrong, tmp_path):
+    command = [*TORCHRUN, str(free_port()), project.__file__, *wrong.split()]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode and done.stdout == ""
+    lines = [line for line in done.stderr.splitlines() if line.startswith("gpt2_tinystories.py: ")]
+    assert len(lines) == 1 and wrong in lines[0], done.stderr
+    assert f'File "{project.__file__}"' not in done.stderr
+
+
+def test_torchrun_trains(tiny, pair, tmp_path):
+    command = [*TORCHRUN, str(free_port()), project.__file__, *tiny.split(), "--accum-steps", "2"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("epoch 2/2") == 1 and "Warning" not in done.stderr
+    same_runs(tmp_path, pair)
+    record = json.loads((tmp_path / "checkpoints" / "last" / "training.json").read_text())
+    assert record["processes"] == 2
