@@ -19,14 +19,16 @@ from sample_stories import sample_stories
 
 ROOT = Path(project.__file__).parent
 REPO, COMMIT, FILE = "roneneldan/TinyStories", "0123456789abcdef" * 2 + "01234567", "data/train-00000-of-00001.parquet"
+MODEL = "somebody/tiny-gpt2"
 STORIES = list(sample_stories(40))
 ARGUMENTS = "--fraction 1 --tokenizer bpe:300 --n-positions 64 --n-embd 16 --n-head 2 --n-inner 16 --max-steps 2"
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the Hugging Face Hub as `datasets` asks for to load one Parquet file."""
+    """As much of the Hugging Face Hub as `datasets` asks for to load one Parquet file, and a snapshot of a model."""
 
     content = b""
+    model = {}  # the files of MODEL
     stuck = None  # an Event: set when half of the file is sent, and no more comes then
 
     def do_HEAD(self):
@@ -48,6 +50,15 @@ class Hub(http.server.BaseHTTPRequestHandler):
         elif path == f"/datasets/{REPO}/resolve/{COMMIT}/{FILE}":
             body = self.content
             headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{entry["oid"]}"', "Accept-Ranges": "bytes"}
+        elif path.startswith(f"/{MODEL}/resolve/{COMMIT}/") and Path(path).name in self.model:
+            body = self.model[Path(path).name]
+            headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha1(body).hexdigest()}"'}
+        elif path == f"/api/models/{MODEL}/tree/{COMMIT}":
+            files = [{"type": "file", "path": "pytorch_model.bin", "size": 1, "oid": COMMIT}]
+            files += [{**files[0], "path": name, "size": len(content)} for name, content in self.model.items()]
+            body = json.dumps(files).encode()
+        elif path == f"/api/models/{MODEL}/revision/main":
+            body = json.dumps({"id": MODEL, "sha": COMMIT, "siblings": [], "tags": []}).encode()
         elif path.startswith(f"/api/datasets/{REPO}/tree/"):
             inside = path.removeprefix(f"/api/datasets/{REPO}/tree/").partition("/")[2] == "data"
             folder = {"type": "directory", "path": "data", "size": 0, "oid": COMMIT}
@@ -134,6 +145,23 @@ def test_any_dataset_of_the_hub_can_be_named(hub, tmp_path):
     assert missing.returncode == 2 and missing.stderr.count("\n") == 1 and "somebody/nothing" in missing.stderr
     cached = train(tmp_path / "gone", "http://127.0.0.1:9", f"{ARGUMENTS} --data {REPO}")
     assert cached.returncode == 0, cached.stderr
+
+
+def test_a_checkpoint_of_the_hub_is_fetched_once(hub, finished, tmp_path):
+    """Nothing that is not asked for, such as the pickled weights, which the server does not have."""
+    epoch = finished / "checkpoints" / "epoch_2"
+    hub.handler.model = {path.name: path.read_bytes() for path in epoch.iterdir() if path.name != project.SUMS}
+    arguments = f"--data sample --fraction 0.004 --max-steps 1 --n-positions 64 --init {MODEL}"
+    done = train(tmp_path, hub.endpoint, arguments)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("%|") <= 6 and "Warning" not in done.stderr, done.stderr
+    again = train(tmp_path, "http://127.0.0.1:9", f"{arguments} --checkpoints again")
+    assert again.returncode == 0, again.stderr
+    results = [json.loads((tmp_path / name / "epoch_1/training.json").read_text()) for name in ("checkpoints", "again")]
+    assert results[0]["epochs"][0]["test_loss"] == results[1]["epochs"][0]["test_loss"]
+    other = train(tmp_path, hub.endpoint, f"{arguments.replace(MODEL, 'somebody/nothing')} --checkpoints other")
+    assert other.returncode == 2 and "somebody/nothing: no such folder, and cannot be loaded" in other.stderr
+    assert other.stderr.count("\n") == 1, other.stderr
 
 
 def test_without_a_network_the_built_in_stories_are_used_quietly_and_plainly(tmp_path):
