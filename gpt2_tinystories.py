@@ -1577,6 +1577,7 @@ def model_config(settings, tokenizer):
 
     sizes = {name: getattr(settings, name) for name in ("n_positions", "n_embd", "n_layer", "n_head", "n_inner")}
     eos = tokenizer.eos_token_id
+    sizes["n_ctx"] = sizes["n_positions"]  # its older name, which llama.cpp's converter asks for
     return GPT2Config(vocab_size=len(tokenizer), **sizes, **dropout_rates(settings), bos_token_id=eos, eos_token_id=eos,
                       tie_word_embeddings=False, architectures=["GPT2LMHeadModel"], dtype="float32")
 
