@@ -1,8 +1,11 @@
 """What only a CUDA GPU can show: python -m pytest -m gpu."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
-from conftest import TINY, make_model
+from conftest import TINY, make_model, read_run
 
 import gpt2_tinystories as project
 
@@ -25,6 +28,17 @@ def test_a_run_learns_in_every_precision(precision, compile, workspace):
     record = project.json.loads((workspace / "checkpoints/epoch_2/training.json").read_text())
     first, second = record["epochs"]
     assert second["test_perplexity"] < first["test_perplexity"] < 500
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_two_gpus_learn_what_one_learns(workspace):
+    arguments = f"{TINY} --precision fp32 --compile off".split()
+    project.main([*arguments, "--checkpoints", "one/checkpoints", "--plots", "one/plots"])
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([*launch, project.__file__, *arguments, "--accum-steps", "1"], check=True)
+    (_, one), (_, two) = read_run("one/checkpoints"), read_run()
+    for (_, loss), (_, expected) in zip(two["curve"], one["curve"], strict=True):
+        assert loss == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_run_begun_on_the_gpu_goes_on_there(workspace, monkeypatch):
