@@ -1,7 +1,7 @@
 """Train a small GPT-2 on TinyStories: one file, made to be read from top to bottom.
 
     python gpt2_tinystories.py                              train: ./tinystories_local, else downloaded, else built in
-    python gpt2_tinystories.py --init gpt2 --fraction 0.01  go on from any GPT-2 checkpoint instead of from nothing
+    python gpt2_tinystories.py --init gpt2 --learning-rate 1e-4 --checkpoints tuned          go on from another GPT-2
     torchrun --nproc-per-node 8 gpt2_tinystories.py         train on 8 GPUs
     python gpt2_generate.py                                 write stories with the newest checkpoint
 
@@ -90,8 +90,8 @@ class Settings:
     epochs: int = setting(5, "passes over the training stories")
     batch_size: int = setting(8, "stories in a batch, in each process")
     accum_steps: int = setting(2, "batches accumulated in an optimizer step", free=True)
-    learning_rate: float = setting(3e-4, "peak learning rate of AdamW; ten times that for embedding and head")
-    muon_learning_rate: float = setting(0.02, "peak learning rate of Muon, for the matrices of the layers")
+    learning_rate: float = setting(3e-4, "peak learning rate of AdamW; tenfold for embedding and head, but with --init")
+    muon_learning_rate: float = setting(0.02, "peak learning rate of Muon, for the layers' matrices; not with --init")
     warmup_steps: int = setting(100, "steps of linear warm-up, at most a tenth of the run; then linear decay to zero")
     weight_decay: float = setting(0.1, "weight decay of the matrices")
     grad_clip: float = setting(1.0, "largest norm of the gradient")
@@ -124,6 +124,8 @@ class Settings:
         for name in ("tokenizer", "n_embd", "n_layer", "n_head", "n_inner") if self.init else ():
             value = getattr(self, name)
             require(value == getattr(Settings, name), name, value, f"the checkpoint of --init {self.init} has its own")
+        unused = not self.init or self.muon_learning_rate == Settings.muon_learning_rate
+        require(unused, "muon_learning_rate", self.muon_learning_rate, "is not used with --init")
         inside = Path(self.init).exists() and Path(self.checkpoints).resolve() in Path(self.init).resolve().parents
         require(not inside, "init", self.init, "lies in --checkpoints, which is for the new run: give another folder")
 
@@ -172,7 +174,8 @@ def run(main, interrupted=""):
             time.sleep(10)  # the process that failed has said why, and torchrun now ends this one
             message, code = f"no connection to the other processes: {error}", 1
         elif isinstance(error, MemoryError) or re.search("out of memory|allocate memory|enough memory", str(error)):
-            message = "out of memory; in training, halve --batch-size and double --accum-steps: the same updates"
+            message = ("out of memory; in training, halve --batch-size and double --accum-steps: the same updates; in "
+                       "writing, fewer stories at once")
             code = 2
         else:
             raise
@@ -184,7 +187,7 @@ def run(main, interrupted=""):
     except KeyboardInterrupt as error:
         number, state = error.args or (signal.SIGINT, "interrupted")
         message, code = f"{state}{interrupted}", 128 + number
-        if rank() or (world_size() > 1 and state == "interrupted"):
+        if rank() or (world_size() > 1 and (number, state) == (signal.SIGTERM, "interrupted")):
             sys.exit(code)  # torchrun ends its processes like this when one has failed, and that one has said why
     if dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0":  # else all processes say the same
         print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
@@ -204,7 +207,8 @@ def handle_signals(handler):
 
 @contextmanager
 def signals_noted():
-    """Inside, the signals are noted in the list that this yields, no more; a second one ends the process."""
+    """Inside, the signals are noted in the list that this yields, no more; a second one ends the process. A step that
+    fails after one has lost a process that was ended at once."""
     noted = []
 
     def note(number, _frame):
@@ -218,6 +222,10 @@ def signals_noted():
     before = handle_signals(note)
     try:
         yield noted
+    except RuntimeError:
+        if noted and world_size() > 1:
+            raise KeyboardInterrupt(noted[0], "interrupted") from None
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -259,7 +267,10 @@ def process_group(device):
         yield
         return
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(hours=6))  # the first process may have much to download
+    try:
+        dist.init_process_group(backend, timeout=timedelta(hours=6))  # the first process may have much to download
+    except ValueError as error:
+        raise InputError(f"WORLD_SIZE is {world_size()}, but this is not started by torchrun: {error}") from error
     with redirect_stdout(open(os.devnull, "w") if rank() else sys.stdout):
         yield
     dist.destroy_process_group()
@@ -377,6 +388,8 @@ def read_stories(path, cache_dir):
 
 def load_default_stories(cache_dir):
     """./tinystories_local; else TinyStories from the Hub, saved there; else, with no network, the built-in stories."""
+    if rank() and not Path(LOCAL_STORIES).exists():  # then process 0 has had to take these
+        return load_stories("sample", cache_dir)
     if not Path(LOCAL_STORIES).exists():
         print(f"stories    looking for {HUB_STORIES} on the Hugging Face Hub (1 GB, kept here)", flush=True)
         try:
@@ -513,9 +526,10 @@ def encode_stories(stories, tokenizer, n_positions, cache_file):
     return Tokens(ids, lengths, int(np.sum(encoded.data.column("cut"))))
 
 
-def prepare_stories(settings, before):
+def prepare_stories(settings, before, tokenizer=None):
     """(train, test, tokenizer, data): the Tokens of both parts, and what the record says of them. before: the record of
-    the run to continue, if any; one that was begun with the built-in stories does not look for others."""
+    the run to continue, if any; one that was begun with the built-in stories does not look for others. tokenizer: the
+    one to take instead of --tokenizer."""
     cache_dir = Path(settings.checkpoints) / "data"
     built_in = before and before["data"]["source"] == BUILT_IN
     stories, source = load_stories("sample" if built_in else settings.data, cache_dir)
@@ -525,7 +539,7 @@ def prepare_stories(settings, before):
     name = settings.init or settings.tokenizer
     if name == "auto":
         name = "bpe:4096" if source == BUILT_IN else "gpt2"
-    tokenizer = load_tokenizer(str(find_checkpoint(name)) if settings.init else name, train_stories)
+    tokenizer = tokenizer or load_tokenizer(name, train_stories)
     tokenizer_digest = digest(tokenizer.backend_tokenizer.to_str())
     train, test = (
         encode_stories(part, tokenizer, settings.n_positions,
@@ -693,8 +707,8 @@ def evaluation_mode(model):
 @torch.no_grad()
 def generate_text(model, prompt, max_length=50, method="greedy", *, temperature=1.0, top_k=0, top_p=1.0,
                   repetition_penalty=1.0, stop=(), num_samples=1, seed=None, streamer=None):
-    """The prompt and at most max_length new tokens, up to <|endoftext|> or to the token that completes one of the texts
-    in stop: a str, or a list of them if prompt is a list or num_samples > 1, for each prompt num_samples of them.
+    """The prompt and at most max_length new tokens, up to <|endoftext|> or to the token with which one of the texts in
+    stop is in the new text: a str, or a list if prompt is a list or num_samples > 1, for each prompt num_samples.
 
     method: "greedy" takes the likeliest token; "sample" divides the logits by temperature and draws from the top_k
     likeliest tokens (0: all), of those from the fewest that together have the probability top_p. repetition_penalty
@@ -703,7 +717,7 @@ def generate_text(model, prompt, max_length=50, method="greedy", *, temperature=
     full, its older half is dropped. Raises InputError for an empty prompt, one that is too long, and values out of
     range.
     """
-    stop = (stop,) if isinstance(stop, str) else tuple(stop)
+    stop = (stop,) if isinstance(stop, str) else tuple(stop or ())
     require(method in ("greedy", "sample"), "method", method, "must be greedy or sample")
     require(max_length >= 1, "max_length", max_length, "must be at least 1")
     require(0 < temperature < math.inf, "temperature", temperature, "must be a number above 0")
@@ -715,9 +729,10 @@ def generate_text(model, prompt, max_length=50, method="greedy", *, temperature=
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     require(prompts, "prompt", prompts, "must be at least one text")
     ids = [row for row in (encode_prompt(model, text) for text in prompts) for _ in range(num_samples)]
-    require(len(ids) == 1 or streamer is None, "num_samples", num_samples, "a streamer shows one text at a time")
-    seeds = [None if seed is None else seed + i for i in range(num_samples)] * len(prompts)
-    numbers = torch.stack([uniform_numbers(max_length, seed) for seed in seeds]).to(model.device)
+    require(len(ids) == 1 or streamer is None, "streamer", f"for {len(ids)} texts", "it shows one at a time")
+    if method == "sample":
+        seeds = [None if seed is None else seed + i for i in range(num_samples)] * len(prompts)
+        numbers = torch.stack([uniform_numbers(max_length, seed) for seed in seeds]).to(model.device)
 
     def choose(x, tokens, n_new):
         logits = penalize(model.lm_head(x)[:, : model.config.vocab_size], tokens, repetition_penalty)
@@ -741,7 +756,7 @@ def continue_rows(model, prompts, max_length, choose, stop=(), streamer=None):
     given = nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in prompts], batch_first=True, padding_value=-1)
     given, ends = given.to(model.device), starts + max_length  # ends: the lengths of the rows in the end
     tokens = inputs = given[:, : starts.min()]
-    cache = [{} for _ in model.h]
+    cache, n_bytes = [{} for _ in model.h], max((len(text.encode()) for text in stop), default=0)
     if streamer:
         streamer.put(tokens.cpu())
     for at in range(tokens.size(1), given.size(1) + max_length):
@@ -752,10 +767,11 @@ def continue_rows(model, prompts, max_length, choose, stop=(), streamer=None):
         tokens, inputs = torch.cat((tokens, new[:, None]), dim=1), new[:, None]
         if streamer and ends[0] > at:
             streamer.put(new.cpu())
-        for row in range(len(tokens)) if stop else ():
-            if starts[row] <= at < ends[row]:
-                text = model.tokenizer.decode(tokens[row, starts[row] :].tolist())
-                ends[row] = at + 1 if any(end in text for end in stop) else ends[row]
+        if stop and at >= starts.min():
+            n_new = [min(at + 1 - len(ids), n_bytes) for ids in prompts]  # a token has a byte at least
+            tails = [row[-n:] if n > 0 else [] for row, n in zip(tokens[:, -n_bytes:].tolist(), n_new, strict=True)]
+            stopped = [any(end in text for end in stop) for text in model.tokenizer.batch_decode(tails)]
+            ends = ends.where(~torch.tensor(stopped, device=model.device), ends.clamp(max=at + 1))
         if (ends <= at + 1).all():
             break
         if cache[0]["k"].size(2) == model.config.n_positions:  # the context is full: go on with its newer half
@@ -834,7 +850,7 @@ def pick_device(name):
     there = {"cuda": n_gpus > 0, "mps": torch.backends.mps.is_available() and n_processes == 1, "cpu": True}
     if name == "auto":
         name = next(device for device in there if there[device])
-    require(there[name], "device", name, "PyTorch finds none on this machine; use auto or cpu")
+    require(there[name], "device", name, "PyTorch finds none here, and mps is for one process; use auto or cpu")
     if name == "cuda":
         require(n_processes <= n_gpus, "device", name, f"{n_processes} processes on this machine, and {n_gpus} GPUs")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -1087,7 +1103,8 @@ def find_checkpoint(name):
         folder = Path(snapshot_download(name, allow_patterns=files, local_files_only=True))
     except (OSError, ValueError):
         folder = Path(name)
-    if not (folder / "model.safetensors").exists():
+    here = {path.name for path in folder.glob("*")}
+    if not ({"config.json", "model.safetensors"} <= here and here & {"tokenizer.json", "vocab.json"}):
         if not hub_answers():
             raise InputError(f"{name}: no folder, not in the local cache, and the Hugging Face Hub cannot be reached")
         try:
@@ -1108,9 +1125,13 @@ def load_checkpoint(folder, device="cpu", **changes):
     verify(folder)
     try:
         values = json.loads((folder / "config.json").read_text(encoding="utf-8")) | changes
+        for name in ("auto_map", "task_specific_params"):  # a stranger's code and habits, not to be passed on
+            values.pop(name, None)
         for name, usual in GPT2_MATH.items():
             if values.get(name, usual) != usual:
                 raise ValueError(f"{name} is {values[name]}, and only {usual} is known here")
+        if not (folder / "model.safetensors").exists():
+            raise ValueError("no model.safetensors, the one file that weights are read from")
         weights = read_weights(folder / "model.safetensors", values.get("tie_word_embeddings", True))
         n_layer = sum(name.endswith(".ln_1.weight") for name in weights)
         if values["n_layer"] != n_layer:
@@ -1268,6 +1289,8 @@ def drain(pending, progress, record, scaler):
     first = progress["step"] - len(pending) + 1
     for step, ((loss, right, bad), (*_, n_tokens)) in enumerate(zip(sums, pending, strict=True), first):
         if bad or always_too_large:
+            if rank():
+                sys.exit(2)  # process 0 says the same
             raise InputError(f"step {step}: the loss or its gradient is not finite, the run stops; "
                              f"{last_save(record)}. Try smaller learning rates, or --precision fp32")
         for name, value in (("loss", loss), ("right", right), ("tokens", n_tokens)):
@@ -1288,6 +1311,7 @@ def last_save(record):
 def save_last(folder, model, record, progress, optimizers, scaler):
     """Save the point from which an interrupted run continues; where that fails, the weights alone."""
     if rank():
+        record["step"] = progress["step"]
         return
     moments = [optimizer.state_dict()["state"] for optimizer in optimizers]
     state = {"progress": progress, "moments": moments, "scaler": scaler.state_dict()}
@@ -1427,7 +1451,8 @@ def note_if_long(seconds, settings):
     """Where the run takes more than 12 hours, say so, with a command that takes about one hour. Returns True."""
     if seconds > 12 * 3600:
         fraction = f"--fraction {settings.fraction * 3600 / seconds:.1g}"
-        command = f"python {shlex.join(sys.argv)} {fraction} --checkpoints hour/checkpoints --plots hour/plots"
+        launcher = "python" if world_size() == 1 else f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
+        command = f"{launcher} {shlex.join(sys.argv)} {fraction} --checkpoints hour/checkpoints --plots hour/plots"
         tqdm.write(f"This run takes about {seconds / 3600:,.0f} hours on this machine; about one hour: {command}")
     return True
 
@@ -1511,6 +1536,9 @@ def main(argv=None):
         if not prepared:
             return
         model, train_set, test_set, record = prepared
+        number = int(digest(json.dumps(record["data"])), 16) % 2**50
+        if list(largest(number, -number)) != [number, -number]:
+            raise InputError("the processes have found different stories: they need the same folders")
         n_stories = settings.batch_size * settings.accum_steps * world_size()
         where = f"on {device}" if world_size() == 1 else f"in {world_size()} processes on {device}"
         print(f"model      {record['parameters'] / 1e6:.1f} M parameters, {where} in {precision}\ntraining   "
@@ -1529,19 +1557,22 @@ def prepare_run(settings, device):
         print(f"{folder} holds this run, and it is finished; next: python gpt2_generate.py --model {newest}")
         return None
 
-    train_set, test_set, tokenizer, data = prepare_stories(settings, before)
-    torch.manual_seed(settings.seed)
+    model = None
     if before:
-        refuse_changes(folder, before["data"], data)
         model = load_checkpoint(folder / "last", device)
-        print(f"continuing the interrupted run from its last save, after step {before['step']:,}")
     elif settings.init:
-        model = load_checkpoint(find_checkpoint(settings.init), device, dtype="float32", **dropout_rates(settings))
+        model = load_checkpoint(find_checkpoint(settings.init), device, **dropout_rates(settings), dtype="float32",
+                                architectures=["GPT2LMHeadModel"])
         n_positions = model.config.n_positions
         require(settings.n_positions <= n_positions, "n_positions", settings.n_positions,
                 f"the checkpoint of --init {settings.init} has {n_positions}")
-    else:
-        model = GPT(model_config(settings, tokenizer), tokenizer).to(device)
+    tokenizer = model.tokenizer if settings.init else None
+    train_set, test_set, tokenizer, data = prepare_stories(settings, before, tokenizer)
+    if before:
+        refuse_changes(folder, before["data"], data)
+        print(f"continuing the interrupted run from its last save, after step {before['step']:,}")
+    torch.manual_seed(settings.seed)
+    model = model or GPT(model_config(settings, tokenizer), tokenizer).to(device)
     model.wpe.weight.requires_grad_(bool(settings.init))
     encode_prompt(model, settings.prompt)  # better refused now than after an epoch
     if settings.overwrite and not rank():

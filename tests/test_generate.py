@@ -95,14 +95,14 @@ def test_penalized_logits_equal_those_of_transformers():
 @pytest.mark.parametrize("stop", [" a", ["zzz", "e"], "he", "."])
 def test_a_text_ends_with_the_token_that_completes_a_stop(stop, method, model):
     """By hand from the text without a stop: the shortest one whose new part holds it."""
-    ids = project.encode(model.tokenizer, PROMPT)
     parts = [project.generate_text(model, PROMPT, n, method, seed=2) for n in range(1, 41)]
     stops = [stop] if isinstance(stop, str) else stop
     hits = [text for text in parts if any(end in text[len(PROMPT) :] for end in stops)]
     expected = (hits or parts[-1:])[0]
     assert project.generate_text(model, PROMPT, 40, method, seed=2, stop=stop) == expected
-    several = project.generate_text(model, [PROMPT, "One day"], 40, method, seed=2, stop=stop)
-    assert several[0] == expected and ids
+    prompts = ["One day", PROMPT, "A"]
+    texts = [project.generate_text(model, prompt, 40, method, seed=2, stop=stop) for prompt in prompts]
+    assert project.generate_text(model, prompts, 40, method, seed=2, stop=stop) == texts and texts[1] == expected
 
 
 @pytest.mark.parametrize("at, length", [(0, 1), (0, 4), (2, 3), (9, 3)])

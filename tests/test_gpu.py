@@ -31,8 +31,9 @@ def test_a_run_learns_in_every_precision(precision, compile, workspace):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
-def test_two_gpus_learn_what_one_learns(workspace):
-    arguments = f"{TINY} --precision fp32 --compile off".split()
+@pytest.mark.parametrize("compile", ["off", "on"])
+def test_two_gpus_learn_what_one_learns(compile, workspace):
+    arguments = f"{TINY} --precision fp32 --compile {compile}".split()
     project.main([*arguments, "--checkpoints", "one/checkpoints", "--plots", "one/plots"])
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     subprocess.run([*launch, project.__file__, *arguments, "--accum-steps", "1"], check=True)

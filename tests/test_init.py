@@ -19,7 +19,8 @@ def foreign(tokenizer, tmp_path_factory):
     """A GPT-2 as transformers makes and saves it: 12 layers, tied head, learned positions, n_inner left open."""
     torch.manual_seed(1)
     folder = tmp_path_factory.mktemp("foreign") / "gpt2"
-    config = GPT2Config(vocab_size=400, n_positions=96, n_embd=32, n_layer=12, n_head=4, initializer_range=0.2)
+    sizes = {"vocab_size": 400, "n_positions": 96, "n_embd": 32, "n_layer": 12, "n_head": 4}
+    config = GPT2Config(**sizes, initializer_range=0.2, task_specific_params={"text-generation": {"do_sample": True}})
     GPT2LMHeadModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -78,6 +79,8 @@ def test_a_tuned_checkpoint_loads_in_transformers(foreign, workspace, capsys):
     first, second = record["epochs"]
     assert second["test_loss"] < first["test_loss"]
     assert record["settings"]["init"] == str(foreign)
+    config = json.loads((workspace / "checkpoints/epoch_2/config.json").read_text())
+    assert config["architectures"] == ["GPT2LMHeadModel"] and "task_specific_params" not in config
     assert record["parameters"] == sum(p.numel() for p in theirs.parameters())
     before = project.load_checkpoint(foreign)
     for name, weight in model.named_parameters():  # all of them learn, the positions, too
@@ -107,12 +110,18 @@ def test_the_first_loss_is_that_of_the_checkpoint(finished, workspace, monkeypat
 
 
 def test_a_tuning_that_was_interrupted_continues(foreign, workspace, monkeypatch):
-    project.main(f"{RUN} --init {foreign} --checkpoints unbroken/checkpoints --plots unbroken/plots".split())
-    with monkeypatch.context() as patch:
-        patch.setattr(project, "evaluate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            project.main(f"{RUN} --init {foreign}".split())
-    project.main(f"{RUN} --init {foreign}".split())
+    """Also when what it began with has gone."""
+    (workspace / "unbroken").mkdir()
+    for folder in (workspace / "unbroken", workspace):
+        monkeypatch.chdir(folder)
+        rewrite(foreign, folder / "base")
+        if folder == workspace:
+            with monkeypatch.context() as patch:
+                patch.setattr(project, "evaluate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+                with pytest.raises(KeyboardInterrupt):
+                    project.main(f"{RUN} --init base".split())
+            (folder / "base").rename(folder / "gone")
+        project.main(f"{RUN} --init base".split())
     same_runs(workspace, workspace / "unbroken")
 
 
@@ -120,6 +129,8 @@ def test_a_tuning_that_was_interrupted_continues(foreign, workspace, monkeypatch
     "arguments, message",
     [
         ("--init {} --n-layer 3", "--n-layer 3: the checkpoint of --init {} has its own"),
+        ("--init {} --muon-learning-rate 0.01", "--muon-learning-rate 0.01: is not used with --init"),
+        ("--init {}/..", "/..: no checkpoint, which is a folder with a config.json"),
         ("--init {} --tokenizer bpe:300", "--tokenizer bpe:300: the checkpoint of --init {} has its own"),
         ("--init {} --n-positions 97", "--n-positions 97: the checkpoint of --init {} has 96"),
         ("--init nowhere/at_all", "nowhere/at_all: no folder, not in the local cache, and the Hugging Face Hub"),
@@ -130,7 +141,7 @@ def test_a_tuning_that_was_interrupted_continues(foreign, workspace, monkeypatch
 def test_what_cannot_be_started_from_is_refused(arguments, message, foreign, workspace, refused):
     line = refused(project.main, f"{RUN} {arguments.replace('{}', str(foreign))}")
     assert message.replace("{}", str(foreign)) in line
-    assert not (workspace / "checkpoints" / "last").exists()
+    assert not (workspace / "checkpoints" / "data").exists()  # before anything is tokenised
 
 
 @pytest.mark.parametrize(

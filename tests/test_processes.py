@@ -195,6 +195,52 @@ def slow_steps():
     project.update = slow_update
 
 
+def poison_the_fourth_step():
+    update, left = project.update, [4]
+
+    def poisoned(model, window, *rest):
+        left[0] -= 1
+        if not left[0] and project.rank():
+            model.module.ln_f.bias.data[0] = float("nan")
+        return update(model, window, *rest)
+
+    project.update = poisoned
+
+
+def test_a_loss_that_is_not_finite_is_told_once(tiny, tmp_path):
+    assert run_all(tmp_path, f"{tiny} --save-every 0", 2, poison_the_fourth_step) == [2, 2]
+    assert "step 4: the loss or its gradient is not finite" in output(tmp_path, 0).splitlines()[-1]
+    assert "checkpoints/last is good, of step 3" in output(tmp_path, 0).splitlines()[-1]
+    assert output(tmp_path, 1) == ""
+
+
+def no_hub_in_process_0():
+    """As if it answered the others: they may not ask it."""
+    os.environ["HF_HUB_OFFLINE"] = "" if project.rank() else "1"
+    project.hub_answers = lambda: project.rank() > 0
+
+
+def test_all_processes_take_the_stories_that_the_first_one_found(tiny, tmp_path):
+    arguments = tiny.replace(tiny.split()[1], "auto").replace("--fraction 1 ", "--fraction 0.002 ")
+    assert run_all(tmp_path, arguments, 2, no_hub_in_process_0) == [0, 0]
+    assert "from built-in stories" in output(tmp_path, 0) and not (tmp_path / "tinystories_local").exists()
+
+
+def other_stories_in_process_1():
+    split_stories = project.split_stories
+
+    def other(*arguments):
+        train, test, counts = split_stories(*arguments)
+        return train, test, counts | {"fingerprint": f"of process {project.rank()}"}
+
+    project.split_stories = other
+
+
+def test_processes_with_other_stories_are_refused(tiny, tmp_path):
+    assert set(run_all(tmp_path, tiny, 2, other_stories_in_process_1)) == {2}
+    assert "have found different stories" in output(tmp_path, 0).splitlines()[-1]
+
+
 def fail_in_process_1():
     update = project.update
 
