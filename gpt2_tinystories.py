@@ -1546,7 +1546,13 @@ def main(argv=None):
         train(model, train_set, test_set, settings, record, precision)
         newest = Path(settings.checkpoints) / f"epoch_{len(record['epochs'])}"
         print(f"test perplexity {record['epochs'][-1]['test_perplexity']:.2f}; the model is in {newest}, the plots are "
-              f"in {settings.plots}\nnext: python gpt2_generate.py --model {newest}")
+              f"in {settings.plots}")
+        best = min(record["epochs"], key=lambda epoch: epoch["test_loss"])
+        if best != record["epochs"][-1]:
+            newest = newest.with_name(f"epoch_{best['epoch']}")
+            print(f"It was lower in {newest}, {best['test_perplexity']:.2f}: since then the model has learned its stories "
+                  "by heart. More stories, fewer --epochs or --dropout 0.1 help")
+        print(f"next: python gpt2_generate.py --model {newest}")
 
 
 def prepare_run(settings, device):

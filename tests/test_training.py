@@ -482,6 +482,15 @@ def test_a_compiler_that_fails_is_reported_and_the_run_goes_on(finished, workspa
     same_runs(workspace, finished)
 
 
+def test_a_run_that_learned_its_stories_by_heart_names_its_best_epoch(workspace, capsys, monkeypatch):
+    losses = iter([2.0, 3.0])
+    monkeypatch.setattr(project, "evaluate", lambda *_: (next(losses), 0.5))
+    train()
+    shown = capsys.readouterr().out
+    assert "test perplexity 20.09" in shown and "lower in checkpoints/epoch_1, 7.39" in shown
+    assert shown.endswith("next: python gpt2_generate.py --model checkpoints/epoch_1\n")
+
+
 def test_a_long_run_is_announced_with_a_shorter_command(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["gpt2_tinystories.py", "--seed", "1"])
     assert project.note_if_long(11 * 3600, project.Settings()) and capsys.readouterr().out == ""
