@@ -1550,8 +1550,8 @@ def main(argv=None):
         best = min(record["epochs"], key=lambda epoch: epoch["test_loss"])
         if best != record["epochs"][-1]:
             newest = newest.with_name(f"epoch_{best['epoch']}")
-            print(f"It was lower in {newest}, {best['test_perplexity']:.2f}: since then the model has learned its stories "
-                  "by heart. More stories, fewer --epochs or --dropout 0.1 help")
+            print(f"It was lower in {newest}, {best['test_perplexity']:.2f}: since then the model has learned its "
+                  "training stories by heart. More stories, fewer --epochs or --dropout 0.1 help")
         print(f"next: python gpt2_generate.py --model {newest}")
 
 
