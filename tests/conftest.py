@@ -17,6 +17,7 @@ import torch
 import gpt2_tinystories as project
 from sample_stories import sample_stories
 
+torch.set_num_threads(1)  # the models are tiny, and pytest runs a process on each core
 project.built_in_stories = functools.cache(project.built_in_stories)  # they take seconds each time
 
 SIZES = "--n-positions 64 --n-embd 32 --n-head 2 --n-inner 64"
