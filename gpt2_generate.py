@@ -53,6 +53,7 @@ class Settings:
     def __post_init__(self):
         texts = self.prompt and all(isinstance(text, str) and text.strip() for text in self.prompt)
         require(texts, "prompt", ", ".join(map(repr, self.prompt)), "must be one or more texts, none of them empty")
+        require(all(self.stop), "stop", ", ".join(map(repr, self.stop)), "must not be empty")
         require(self.num_samples >= 1, "num_samples", self.num_samples, "must be at least 1")
         require(0 <= self.seed < 2**31, "seed", self.seed, "must be at least 0 and below 2**31")
         for name in ("temperature", "top_k", "top_p", "num_samples", "seed"):
@@ -63,7 +64,8 @@ class Settings:
 def newest_checkpoint(folder="checkpoints"):
     epochs = saved_folders(Path(folder), r"epoch_\d+")
     if not epochs:
-        raise InputError(f"no epoch in {folder}/ yet: train first (python gpt2_tinystories.py), or give --model FOLDER")
+        raise InputError(f"no epoch in {folder}/ yet: train first (python gpt2_tinystories.py), or give --model "
+                         f"FOLDER, such as {folder}/last of a run that was interrupted")
     return max(epochs, key=lambda path: int(path.name.removeprefix("epoch_")))
 
 

@@ -1,7 +1,7 @@
 """Train a small GPT-2 on TinyStories: one file, made to be read from top to bottom.
 
     python gpt2_tinystories.py                              train: ./tinystories_local, else downloaded, else built in
-    python gpt2_tinystories.py --init gpt2 --learning-rate 1e-4 --checkpoints tuned          go on from another GPT-2
+    python gpt2_tinystories.py --init gpt2 --learning-rate 1e-4 --checkpoints tuned --plots tuned   another GPT-2, tuned
     torchrun --nproc-per-node 8 gpt2_tinystories.py         train on 8 GPUs
     python gpt2_generate.py                                 write stories with the newest checkpoint
 
@@ -90,8 +90,8 @@ class Settings:
     epochs: int = setting(5, "passes over the training stories")
     batch_size: int = setting(8, "stories in a batch, in each process")
     accum_steps: int = setting(2, "batches accumulated in an optimizer step", free=True)
-    learning_rate: float = setting(3e-4, "peak learning rate of AdamW; tenfold for embedding and head, but with --init")
-    muon_learning_rate: float = setting(0.02, "peak learning rate of Muon, for the layers' matrices; not with --init")
+    learning_rate: float = setting(3e-4, "peak rate of AdamW; tenfold for embedding and head, except with --init")
+    muon_learning_rate: float = setting(0.02, "peak rate of Muon, for the matrices of the layers; not with --init")
     warmup_steps: int = setting(100, "steps of linear warm-up, at most a tenth of the run; then linear decay to zero")
     weight_decay: float = setting(0.1, "weight decay of the matrices")
     grad_clip: float = setting(1.0, "largest norm of the gradient")
@@ -163,7 +163,11 @@ def run(main, interrupted=""):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     try:
-        return main()
+        result = main()
+        if world_size() > 1:  # a thread of gloo that is late aborts a Python that ends
+            sys.stdout.flush()
+            os._exit(0)
+        return result
     except InputError as error:
         message, code = str(error), 2
     except UnicodeError as error:  # bytes in a file or in the command line that are no text
@@ -238,6 +242,8 @@ def locked(*folders):
 
     with ExitStack() as locks:
         for folder in sorted({Path(folder).resolve() for folder in folders}):
+            if folder.exists() and not folder.is_dir():
+                raise InputError(f"{folder} is a file, and --checkpoints and --plots are folders")
             folder.mkdir(parents=True, exist_ok=True)
             try:
                 locks.enter_context(FileLock(folder / ".lock", blocking=False))
@@ -273,6 +279,7 @@ def process_group(device):
         raise InputError(f"WORLD_SIZE is {world_size()}, but this is not started by torchrun: {error}") from error
     with redirect_stdout(open(os.devnull, "w") if rank() else sys.stdout):
         yield
+    largest(0)  # a process that ended before process 0 has saved its last epoch would end that, too
     dist.destroy_process_group()
 
 
@@ -434,7 +441,8 @@ def split_stories(stories, settings):
     kept = rng.permutation(np.sort(first[digests[first] != 0]))
     n_test = max(1, round(settings.test_fraction * len(kept)))
     require(n_test < len(kept), "data", settings.data, f"{len(stories)} stories, of which --fraction "
-            f"{settings.fraction} leaves {len(kept)}: too few to train and test (a .txt needs {END_OF_STORY} between)")
+            f"{settings.fraction} leaves {len(kept)}: too few to train and test (--fraction 1 takes all; a .txt needs "
+            f"{END_OF_STORY} between)")
     test, train = np.sort(kept[:n_test]), np.sort(kept[n_test:])
     n_empty = int((digests == 0).sum())
     counts = {"stories": len(stories), "train_stories": len(train), "test_stories": n_test, "empty": n_empty,
@@ -850,7 +858,8 @@ def pick_device(name):
     there = {"cuda": n_gpus > 0, "mps": torch.backends.mps.is_available() and n_processes == 1, "cpu": True}
     if name == "auto":
         name = next(device for device in there if there[device])
-    require(there[name], "device", name, "PyTorch finds none here, and mps is for one process; use auto or cpu")
+    why = "is for one process" if name == "mps" and n_processes > 1 else "PyTorch finds none on this machine"
+    require(there[name], "device", name, f"{why}; use auto or cpu")
     if name == "cuda":
         require(n_processes <= n_gpus, "device", name, f"{n_processes} processes on this machine, and {n_gpus} GPUs")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -1092,7 +1101,8 @@ def find_checkpoint(name):
     """The folder of a checkpoint: name itself, or where the files of that name on the Hub are kept."""
     if Path(name).exists():
         return Path(name)
-    if not re.fullmatch(HUB_ID, str(name)):
+    beside = Path(name).parent.is_dir() and len(Path(name).parts) > 1
+    if beside or not re.fullmatch(HUB_ID, str(name)):
         raise InputError(f"{name}: no such folder")
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import disable_progress_bars
@@ -1523,7 +1533,7 @@ def refuse_changes(folder, before, now):
     changes = [f"{name} was {before.get(name)}, is {now[name]}" for name in now if before.get(name) != now[name]]
     if changes:
         raise InputError(f"{folder} holds another run ({', '.join(changes)}): --overwrite starts over, "
-                         "another --checkpoints keeps it")
+                         "another --checkpoints and --plots keep it")
 
 
 def main(argv=None):
@@ -1571,7 +1581,7 @@ def prepare_run(settings, device):
                                 architectures=["GPT2LMHeadModel"])
         n_positions = model.config.n_positions
         require(settings.n_positions <= n_positions, "n_positions", settings.n_positions,
-                f"the checkpoint of --init {settings.init} has {n_positions}")
+                f"the checkpoint of --init {settings.init} has {n_positions}: give --n-positions {n_positions} or less")
     tokenizer = model.tokenizer if settings.init else None
     train_set, test_set, tokenizer, data = prepare_stories(settings, before, tokenizer)
     if before:
@@ -1620,4 +1630,4 @@ def model_config(settings, tokenizer):
 
 
 if __name__ == "__main__":
-    run(main, "; the same command, without --overwrite, continues from the last save")
+    run(main, "; the same command, without --overwrite, continues from the last save, if there is one")
