@@ -1561,7 +1561,7 @@ def main(argv=None):
         if best != record["epochs"][-1]:
             newest = newest.with_name(f"epoch_{best['epoch']}")
             print(f"It was lower in {newest}, {best['test_perplexity']:.2f}: since then the model has learned its "
-                  "training stories by heart. More stories, fewer --epochs or --dropout 0.1 help")
+                  "training stories by heart. More stories or fewer --epochs help, and --dropout may")
         print(f"next: python gpt2_generate.py --model {newest}")
 
 
