@@ -6,9 +6,10 @@ import os
 import tempfile
 from pathlib import Path
 
-# Before anything of Hugging Face is imported: an empty cache and no network.
+# Before anything is imported: an empty cache and no network.
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="gpt2-tinystories-tests-")
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # the models are tiny, and pytest runs a process on each core
 
 import datasets
 import pytest
@@ -17,7 +18,6 @@ import torch
 import gpt2_tinystories as project
 from sample_stories import sample_stories
 
-torch.set_num_threads(1)  # the models are tiny, and pytest runs a process on each core
 project.built_in_stories = functools.cache(project.built_in_stories)  # they take seconds each time
 
 SIZES = "--n-positions 64 --n-embd 32 --n-head 2 --n-inner 64"
