@@ -26,7 +26,7 @@ from gpt2_tinystories import (
 PROMPTS = (
     "Once upon a time, in a small village",
     "One day, a little girl named Lily found",
-    "Tom and his dog went to the park.",
+    "One sunny day, Tom and his dog",
 )
 MODEL = ""  # a checkpoint folder; empty: the newest epoch under checkpoints/
 
