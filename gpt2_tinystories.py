@@ -922,19 +922,14 @@ def make_optimizers(model, settings, dtype):
     dtype. With --init AdamW alone, at one rate: weights that it has made go on best with it, and with small steps."""
     hidden = [weight for weight in model.h.parameters() if weight.dim() == 2]
     vectors = [weight for weight in model.parameters() if weight.dim() == 1]
-    outer = list(dict.fromkeys((model.wte.weight, model.lm_head.weight)))  # one, where they are tied
-    rate, decay = settings.learning_rate, settings.weight_decay
+    rate, decay, options = settings.learning_rate, settings.weight_decay, {"betas": (0.9, 0.99), "fused": True}
+    vectors = {"params": vectors, "lr": rate, "weight_decay": 0.0}
     if settings.init:
-        outer, hidden, factor = [*outer, model.wpe.weight, *hidden], [], 1
-    else:
-        factor = 10
-    groups = [{"params": outer, "lr": factor * rate, "weight_decay": decay},
-              {"params": vectors, "lr": rate, "weight_decay": 0.0}]
-    optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.99), fused=True)]
-    if hidden:
-        muon = {"params": hidden, "lr": settings.muon_learning_rate, "weight_decay": decay}
-        optimizers.append(Muon([muon], dtype))
-    return optimizers
+        matrices = [weight for weight in model.parameters() if weight.dim() == 2]
+        return [torch.optim.AdamW([{"params": matrices, "lr": rate, "weight_decay": decay}, vectors], **options)]
+    outer = {"params": [model.wte.weight, model.lm_head.weight], "lr": 10 * rate, "weight_decay": decay}
+    return [torch.optim.AdamW([outer, vectors], **options),
+            Muon([{"params": hidden, "lr": settings.muon_learning_rate, "weight_decay": decay}], dtype)]
 
 
 # --- Evaluation ------------------------------------------------------------------------------------------------------

@@ -274,13 +274,14 @@ def train(name, seed, base, device, precision):
             model.eval()
         batches = recipe.batches(train_set.lengths, settings.batch_size, seed, epoch)
         loader = iter(project.make_loader(train_set.ids, batches))
+        token_counts = iter(project.count_tokens(train_set.lengths, batches, settings.accum_steps))
         while step < n_steps and (window := list(islice(loader, settings.accum_steps))):
             for group, peak in groups:
                 group["lr"] = peak * recipe.schedule(step, n_steps, settings.warmup_steps)
+            n_tokens = next(token_counts)
             if recipe.plain:
                 losses.append(plain_update(model, window, optimizers, settings.accum_steps, scaler, autocast))
             else:
-                n_tokens = sum(int((targets != project.IGNORE).sum()) for _, targets in window)
                 loss, *_ = project.update(model, window, n_tokens, optimizers, settings.grad_clip, autocast, scaler)
                 losses.append(float(loss) / n_tokens)
             step += 1

@@ -17,34 +17,20 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from conftest import SIZES, read_run, same_runs, train
+from conftest import read_run, same_runs, train_in
 
 import gpt2_generate
 import gpt2_tinystories as project
-from sample_stories import sample_stories
 
-TINY = f"--data {{}} --fraction 1 --epochs 2 --tokenizer bpe:400 {SIZES}"
 processes = multiprocessing.get_context("forkserver")
 SLOW = "torch torch._dynamo datasets matplotlib.figure safetensors.torch transformers.models.auto.tokenization_auto"
 processes.set_forkserver_preload([*SLOW.split(), "transformers.models.gpt2", "transformers.generation"])
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """The arguments of a tiny run on 80 stories: 10 steps in 2 epochs."""
-    folder = tmp_path_factory.mktemp("stories") / "stories"
-    datasets.Dataset.from_dict({"text": list(sample_stories(80))}).save_to_disk(folder)
-    return TINY.format(folder)
-
-
-@pytest.fixture(scope="module")
 def finished(tiny, tmp_path_factory):
-    """The folder of that run, which nothing disturbed."""
-    folder = tmp_path_factory.mktemp("finished")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        train(base=tiny)
-    return folder
+    """The folder of the tiny run, which nothing disturbed."""
+    return train_in(tmp_path_factory.mktemp("finished"), base=tiny)
 
 
 def start(folder, arguments, prepare=None, *values, output="output.txt"):

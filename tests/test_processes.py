@@ -9,43 +9,34 @@ import sys
 import time
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import SIZES, read_run, same_runs, train
-from test_crash import read, start, wait_for
+from conftest import read_run, same_runs, train, train_in
+from test_crash import start, wait_for
 
 import gpt2_tinystories as project
-from sample_stories import sample_stories
 
-RUN = f"--data {{}} --fraction 1 --epochs 2 --tokenizer bpe:400 --precision fp32 {SIZES}"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """The arguments of a tiny run: 72 training stories make 9 batches, so that with 4 a step the last one has 1."""
-    folder = tmp_path_factory.mktemp("stories") / "stories"
-    datasets.Dataset.from_dict({"text": list(sample_stories(80))}).save_to_disk(folder)
-    return RUN.format(folder)
+def tiny(tiny):
+    """The tiny run in fp32: of its 9 batches an epoch, 4 a step, the last step has 1."""
+    return f"{tiny} --precision fp32"
 
 
 @pytest.fixture(scope="module")
 def alone(tiny, tmp_path_factory):
     """The folder of that run in one process, 4 batches a step."""
-    folder = tmp_path_factory.mktemp("alone")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        train("--accum-steps 4", tiny)
-    return folder
+    return train_in(tmp_path_factory.mktemp("alone"), "--accum-steps 4", tiny)
 
 
 @pytest.fixture(scope="module")
 def pair(tiny, tmp_path_factory):
     """The folder of that run in two processes, 2 x 2 batches a step."""
     folder = tmp_path_factory.mktemp("pair")
-    assert run_all(folder, tiny, 2) == [0, 0], read(folder)
+    assert run_all(folder, tiny, 2) == [0, 0], output(folder, 0)
     return folder
 
 
@@ -67,7 +58,6 @@ def be_process(i, n_processes, port, prepare, *values):
     names = {"RANK": i, "LOCAL_RANK": i, "WORLD_SIZE": n_processes, "LOCAL_WORLD_SIZE": n_processes}
     os.environ |= {name: str(value) for name, value in names.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
     if prepare:
         prepare(*values)
 
