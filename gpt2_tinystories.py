@@ -13,7 +13,6 @@ Shapes in the comments: B stories in a batch, T tokens in a story, C = n_embd, H
 
 import argparse
 import csv
-import ctypes
 import errno
 import http.client
 import json
@@ -54,7 +53,7 @@ HUB_ID = r"[\w-][\w.-]*(/[\w.-]+)?"
 BUILT_IN, N_BUILT_IN = "built-in stories", 12_000
 END_OF_STORY = "<|endoftext|>"
 IGNORE = -100  # the target of padding
-SUMS = "SHA256SUMS"
+SUMS, WEIGHTS, STATE = "SHA256SUMS", "model.safetensors", "training_state.pt"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # --- Configuration: a field is a flag, a row of the README's table and an entry of a checkpoint's training.json ------
@@ -643,26 +642,34 @@ class GPT(nn.Module):
     def __init__(self, config, tokenizer=None):
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
-        # Zeros up to a multiple of 64 rows, which no file has and nobody reads: the matrix products are faster.
-        n_rows = math.ceil(config.vocab_size / 64) * 64
-        self.wte = nn.Embedding(n_rows, config.n_embd)
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.drop = nn.Dropout(config.embd_pdrop)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.lm_head = nn.Linear(config.n_embd, n_rows, bias=False)
-        self.tie_weights()
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         std = config.initializer_range
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
             elif parameter.dim() == 2:  # what a block adds to its input is scaled down, as there are 2 n_layer of them
                 nn.init.normal_(parameter, std=std / math.sqrt(2 * config.n_layer) if "c_proj" in name else std)
-        for weight in (self.wte.weight, self.lm_head.weight):
-            nn.init.zeros_(weight.data[config.vocab_size :])
         # A sinusoid's root mean square is sqrt(1/2). Scaled to 3 std, it is not drowned by token embeddings that grow.
         position = 3 * math.sqrt(2) * std * sinusoid(config.n_positions, config.n_embd)
         self.wpe.weight = nn.Parameter(position, requires_grad=False)
+        self.fold(torch.arange(config.vocab_size, device="cpu"))
+
+    def fold(self, row):
+        """Keep one row of wte and lm_head for all tokens that have the same number in row (V,), a tensor on the CPU:
+        the row of the first of them. Only the last row may be one of several tokens."""
+        _, first = np.unique(row.numpy(), return_index=True)
+        n_tokens = row.bincount()
+        self.n_shared = int(n_tokens[-1])
+        self.register_buffer("row", row)
+        self.register_buffer("log_n", n_tokens.to(self.wte.weight.dtype).log(), persistent=False)
+        for layer in (self.wte, self.lm_head):
+            layer.weight = nn.Parameter(layer.weight.detach()[first])
+        self.tie_weights()
 
     def tie_weights(self):
         if self.config.tie_word_embeddings:
@@ -675,20 +682,42 @@ class GPT(nn.Module):
     def forward(self, input_ids, targets=None):
         """Logits (B, T, V) for the token after each of input_ids (B, T), with T at most n_positions; given targets
         (B, T), cross-entropy in nats and number of right guesses, both summed over the real tokens (0-d tensors)."""
-        logits, vocab_size = self.lm_head(self.hidden_states(input_ids)), self.config.vocab_size
+        logits = self.lm_head(self.hidden_states(input_ids))  # (B, T, R): R rows, which stand for V tokens
         if targets is None:
-            return logits[..., :vocab_size]
-        return score(logits.flatten(0, 1), targets.flatten(), vocab_size)
+            return logits[..., self.row]
+        is_real = targets != IGNORE
+        target = self.row[targets * is_real]
+        right = (logits.argmax(-1) == target) & is_real
+        # A row of n tokens has n terms in the softmax's denominator, and each of them an n-th of its probability.
+        loss = F.cross_entropy((logits + self.log_n).flatten(0, 1), target.flatten(), reduction="none")
+        return ((loss.view_as(target) + self.log_n[target]) * is_real).sum(), right.sum()
 
     def hidden_states(self, input_ids, cache=None):
         """What the head is applied to, (B, T, C). cache, a list of an empty dict for each layer at first, lets the next
         call go on from here with one more token."""
         seen = cache[0]["k"].size(2) if cache and cache[0] else 0
         positions = torch.arange(seen, seen + input_ids.size(1), device=input_ids.device)
-        x = self.drop(self.wte(input_ids) + self.wpe(positions))  # (B, T, C)
+        x = self.drop(self.wte(self.row[input_ids]) + self.wpe(positions))  # (B, T, C)
         for i, block in enumerate(self.h):
             x = block(x, cache[i] if cache else None)
         return self.ln_f(x)
+
+
+def rows_of(has_own):
+    """The row of each token (V,) for GPT.fold: one of its own for each token of the mask has_own (V,), and the last one
+    for all others."""
+    return torch.where(has_own, has_own.cumsum(0) - 1, has_own.sum())
+
+
+def rows_of_stories(parts, vocab_size):
+    """The same for Tokens to train and test on: tokens that are in none of them share a row. As no story has them, they
+    get equal gradients, so if they are equal at first, they stay equal, and one row can stand for all of them."""
+    is_there = torch.zeros(vocab_size, dtype=torch.bool)
+    for chunk in (chunk for part in parts for chunk in part.ids.chunks):
+        is_there[torch.from_numpy(chunk.flatten().to_numpy().astype(np.int64))] = True
+    n_more = -(int(is_there.sum()) + 1) % 64  # in multiples of 64 rows the matrix products are faster
+    is_there[(~is_there).nonzero()[:n_more]] = True
+    return rows_of(is_there)
 
 
 def sinusoid(n_positions, n_embd):
@@ -743,15 +772,13 @@ def generate_text(model, prompt, max_length=50, method="greedy", *, temperature=
         numbers = torch.stack([uniform_numbers(max_length, seed) for seed in seeds]).to(model.device)
 
     def choose(x, tokens, n_new):
-        logits = penalize(model.lm_head(x)[:, : model.config.vocab_size], tokens, repetition_penalty)
+        logits = penalize(model.lm_head(x)[:, model.row], tokens, repetition_penalty)
         if method == "greedy":
             return logits.argmax(-1)
         probabilities = next_probabilities(logits, temperature, top_k, top_p)
         return pick(probabilities, numbers.gather(1, n_new.clamp(0, max_length - 1)[:, None]))
 
     with evaluation_mode(model):
-        if method == "greedy" and repetition_penalty == 1:
-            choose = make_greedy(model)
         texts = model.tokenizer.batch_decode(continue_rows(model, ids, max_length, choose, stop, streamer))
     return texts[0] if isinstance(prompt, str) and num_samples == 1 else texts
 
@@ -787,23 +814,6 @@ def continue_rows(model, prompts, max_length, choose, stop=(), streamer=None):
     if streamer:
         streamer.end()
     return [row[:end] for row, end in zip(tokens.tolist(), ends.tolist(), strict=True)]
-
-
-def make_greedy(model):
-    """A choose for continue_rows: the largest logits. A CPU spends its time reading the head's weights: where it
-    multiplies bf16 fast, it reads a copy in bf16, half as large, and then computes the 64 largest logits once more in
-    fp32."""
-    weight = model.lm_head.weight[: model.config.vocab_size]
-    if weight.dtype != torch.float32 or model.device.type != "cpu" or pick_precision("auto", "cpu") != "bf16":
-        return lambda x, *_: F.linear(x, weight).argmax(-1)
-    rounded = weight.bfloat16()
-
-    def likeliest(x, *_):
-        likely = F.linear(x.bfloat16(), rounded).topk(min(64, len(weight))).indices  # (B, 64)
-        logits = (weight[likely] @ x[:, :, None])[:, :, 0]
-        return likely.gather(1, logits.argmax(-1, keepdim=True))[:, 0]
-
-    return likeliest
 
 
 def encode_prompt(model, prompt):
@@ -894,33 +904,36 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        for group in self.param_groups:
-            for weight in group["params"]:
+        for group in self.param_groups:  # matrices of one shape (M, N)
+            weights, (n_out, n_in) = group["params"], group["params"][0].shape
+            for weight in weights:
                 if not self.state[weight]:
                     self.state[weight]["momentum"] = torch.zeros_like(weight)
-                momentum = self.state[weight]["momentum"].lerp_(weight.grad, 0.05)
-                update = orthogonalize(weight.grad.lerp(momentum, 0.95), self.dtype)  # Nesterov's look ahead
-                n_out, n_in = weight.shape
-                weight.mul_(1 - group["lr"] * group["weight_decay"])
-                weight.add_(update, alpha=-group["lr"] * math.sqrt(max(1, n_out / n_in)))
+            gradients = [weight.grad for weight in weights]
+            momenta = [self.state[weight]["momentum"] for weight in weights]
+            torch._foreach_lerp_(momenta, gradients, 0.05)
+            ahead = torch._foreach_lerp(gradients, momenta, 0.95)  # as Nesterov does
+            updates = orthogonalize(torch.stack(ahead), self.dtype).to(weights[0].dtype)
+            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(weights, updates.unbind(), alpha=-group["lr"] * math.sqrt(max(1, n_out / n_in)))
 
 
 def orthogonalize(x, dtype):
-    """A matrix with the singular vectors of x (M, N) and singular values near 1, by five Newton-Schulz iterations. The
-    coefficients, of Jordan et al., bring small values up fast, and all of them to between 0.7 and 1.2 only."""
-    if len(x) > x.size(1):
-        return orthogonalize(x.T, dtype).T
-    x = (x / x.norm().clamp(min=1e-30)).to(dtype)
+    """Matrices (L, M, N) with the singular vectors of x and singular values near 1, by five Newton-Schulz iterations.
+    The coefficients, of Jordan et al., bring small values up fast, and all of them to between 0.7 and 1.2 only."""
+    if x.size(1) > x.size(2):
+        return orthogonalize(x.mT, dtype).mT
+    x = (x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=1e-30)).to(dtype)
     for _ in range(5):
-        gram = x @ x.T
-        x = 3.4445 * x + (2.0315 * gram @ gram - 4.7750 * gram) @ x
+        gram = torch.bmm(x, x.mT)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
     return x
 
 
 def make_optimizers(model, settings, dtype):
     """AdamW, with ten times the rate for embedding and head, and Muon for the matrices of the layers, with products in
     dtype. With --init AdamW alone, at one rate: weights that it has made go on best with it, and with small steps."""
-    hidden = [weight for weight in model.h.parameters() if weight.dim() == 2]
+    matrices_of_blocks = ([weight for weight in block.parameters() if weight.dim() == 2] for block in model.h)
     vectors = [weight for weight in model.parameters() if weight.dim() == 1]
     rate, decay, options = settings.learning_rate, settings.weight_decay, {"betas": (0.9, 0.99), "fused": True}
     vectors = {"params": vectors, "lr": rate, "weight_decay": 0.0}
@@ -929,52 +942,11 @@ def make_optimizers(model, settings, dtype):
         return [torch.optim.AdamW([{"params": matrices, "lr": rate, "weight_decay": decay}, vectors], **options)]
     outer = {"params": [model.wte.weight, model.lm_head.weight], "lr": 10 * rate, "weight_decay": decay}
     return [torch.optim.AdamW([outer, vectors], **options),
-            Muon([{"params": hidden, "lr": settings.muon_learning_rate, "weight_decay": decay}], dtype)]
+            Muon([{"params": list(same), "lr": settings.muon_learning_rate, "weight_decay": decay}
+                  for same in zip(*matrices_of_blocks, strict=True)], dtype)]
 
 
 # --- Evaluation ------------------------------------------------------------------------------------------------------
-
-
-class CrossEntropy(torch.autograd.Function):
-    """score's two sums from logits (N, V or more: only V count) and targets (N,), computed in fp32; on a CPU for 64
-    rows at a time, which stay in its caches. The gradient, softmax minus one-hot, is written over the logits."""
-
-    @staticmethod
-    def forward(ctx, logits, targets, vocab_size):
-        ctx.save_for_backward(logits, targets)
-        ctx.vocab_size = vocab_size
-        loss = right = 0
-        for rows, target in pieces(logits, targets):
-            rows = rows[:, :vocab_size].float()
-            loss = loss + F.cross_entropy(rows, target, ignore_index=IGNORE, reduction="sum")
-            right = right + (rows.argmax(-1) == target).sum()
-        ctx.mark_non_differentiable(right)
-        return loss, right
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, factor, _):
-        logits, targets = ctx.saved_tensors
-        for rows, target in pieces(logits, targets):
-            gradient, is_real = rows[:, : ctx.vocab_size].softmax(-1, dtype=torch.float32), target != IGNORE
-            gradient[torch.arange(len(target), device=target.device), target * is_real] -= 1
-            rows[:, : ctx.vocab_size] = gradient.mul_((factor * is_real)[:, None])
-            rows[:, ctx.vocab_size :] = 0
-        return logits.detach(), None, None
-
-
-def pieces(logits, targets):
-    n_rows = 64 if logits.device.type == "cpu" else len(logits)
-    return zip(logits.split(n_rows), targets.split(n_rows), strict=True)
-
-
-def score(logits, targets, vocab_size):
-    """Cross-entropy and number of right guesses, summed, from logits (N, V or more) and targets (N,)."""
-    if not torch.compiler.is_compiling():
-        return CrossEntropy.apply(logits, targets, vocab_size)
-    logits = logits[:, :vocab_size]
-    loss = F.cross_entropy(logits.float(), targets, ignore_index=IGNORE, reduction="sum")  # the compiler fuses all this
-    return loss, (logits.argmax(-1) == targets).sum()
 
 
 @torch.no_grad()
@@ -1005,19 +977,20 @@ TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # (in, out) in a
 
 
 def gpt2_layout(model):
-    """The model's tensors under the names and in the shapes of a GPT-2 file; they share the model's memory."""
+    """The model's tensors under the names and in the shapes of a GPT-2 file, with a row for each token."""
     layout = {f"transformer.{name}": w.T if name.endswith(TRANSPOSED) else w for name, w in model.state_dict().items()}
-    layout["lm_head.weight"] = layout.pop("transformer.lm_head.weight")
+    layout["lm_head.weight"], row = layout.pop("transformer.lm_head.weight"), layout.pop("transformer.row")
     for name in ("transformer.wte.weight", "lm_head.weight"):
-        layout[name] = layout[name][: model.config.vocab_size]
+        layout[name] = layout[name][row]
     if model.config.tie_word_embeddings:
         del layout["lm_head.weight"]
     return layout
 
 
 def save_checkpoint(folder, model, record, sample=None, state=None):
-    """Write the model and its tokenizer as Hugging Face does, training.json, SHA256SUMS, and if given sample.txt and
-    training_state.pt. All of it beside its final name, flushed and renamed: the folder is whole or absent."""
+    """Write the model and its tokenizer as Hugging Face does, training.json, SHA256SUMS, and if given sample.txt. With
+    state, which holds the weights, too, training_state.pt takes the place of model.safetensors. All of it is written
+    beside its final name, flushed and renamed: the folder is whole or absent."""
     temporary = folder.with_name(folder.name + ".tmp")
     try:
         write_checkpoint(temporary, model, record, sample, state)
@@ -1036,14 +1009,15 @@ def write_checkpoint(folder, model, record, sample, state):
     model.config.save_pretrained(folder)
     GenerationConfig(bos_token_id=eos, eos_token_id=eos, pad_token_id=eos).save_pretrained(folder)
     model.tokenizer.save_pretrained(folder)
-    weights = {name: weight.contiguous() for name, weight in gpt2_layout(model).items()}
     (folder / "training.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
     if sample:
         (folder / "sample.txt").write_text(sample + "\n", encoding="utf-8")
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # only its owner could read it
     if state:
-        torch.save(state, folder / "training_state.pt")
+        torch.save(state, folder / STATE)
+    else:
+        weights = {name: weight.contiguous() for name, weight in gpt2_layout(model).items()}
+        save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+        shutil.copymode(folder / "config.json", folder / WEIGHTS)  # only its owner could read it
     (folder / SUMS).write_bytes("".join(line + "\n" for line in checksums(folder)).encode())
 
 
@@ -1066,7 +1040,7 @@ def verify(folder):
         saved = (folder / SUMS).read_text(encoding="utf-8", errors="replace").splitlines()
         listed = {line[66:] for line in saved}
         changed = {line[66:] for line in set(saved) - set(checksums(folder))}
-        changed |= {"config.json", "model.safetensors", "tokenizer.json"} - listed
+        changed |= {"config.json", "tokenizer.json", STATE if STATE in listed else WEIGHTS} - listed
         if changed:
             raise InputError(f"{folder} is not as it was saved: {min(changed)} differs; if you changed that on "
                              f"purpose, delete {SUMS} there")
@@ -1103,13 +1077,13 @@ def find_checkpoint(name):
     from huggingface_hub.utils import disable_progress_bars
 
     disable_progress_bars()
-    files = ["*.json", "model.safetensors", "merges.txt"]
+    files = ["*.json", WEIGHTS, "merges.txt"]
     try:  # the local cache first, as for the tokenizer
         folder = Path(snapshot_download(name, allow_patterns=files, local_files_only=True))
     except (OSError, ValueError):
         folder = Path(name)
     here = {path.name for path in folder.glob("*")}
-    if not ({"config.json", "model.safetensors"} <= here and here & {"tokenizer.json", "vocab.json"}):
+    if not ({"config.json", WEIGHTS} <= here and here & {"tokenizer.json", "vocab.json"}):
         if not hub_answers():
             raise InputError(f"{name}: no folder, not in the local cache, and the Hugging Face Hub cannot be reached")
         try:
@@ -1119,9 +1093,10 @@ def find_checkpoint(name):
     return folder
 
 
-def load_checkpoint(folder, device="cpu", **changes):
-    """The model in a folder of GPT-2's format with its tokenizer, in eval mode; changes: other values than those of its
-    config.json. Raises InputError for anything unusable."""
+def load_checkpoint(folder, device="cpu", fold=True, **changes):
+    """The model in a folder of GPT-2's format, or in a run's last, with its tokenizer, in eval mode; fold: keep equal
+    rows of embedding and head once, to write faster; changes: other values than those of its config.json. Raises
+    InputError for anything unusable."""
     from transformers import GPT2Config
 
     folder = Path(folder)
@@ -1135,9 +1110,7 @@ def load_checkpoint(folder, device="cpu", **changes):
         for name, usual in GPT2_MATH.items():
             if values.get(name, usual) != usual:
                 raise ValueError(f"{name} is {values[name]}, and only {usual} is known here")
-        if not (folder / "model.safetensors").exists():
-            raise ValueError("no model.safetensors, the one file that weights are read from")
-        weights = read_weights(folder / "model.safetensors", values.get("tie_word_embeddings", True))
+        weights = read_weights(folder, values.get("tie_word_embeddings", True))
         n_layer = sum(name.endswith(".ln_1.weight") for name in weights)
         if values["n_layer"] != n_layer:
             raise ValueError(f"{n_layer} layers of weights, {values['n_layer']} by config.json")
@@ -1146,40 +1119,55 @@ def load_checkpoint(folder, device="cpu", **changes):
         values["n_inner"] = values.get("n_inner") or 4 * values["n_embd"]
         with torch.device("meta"):  # no memory before the sizes are known to be those of the weights
             model = GPT(GPT2Config(**values), open_tokenizer(str(folder), local_files_only=True))
+        model.fold(weights.setdefault("row", model.row))
+        check_weights(model, weights)
     except Exception as error:  # each kind of broken file raises another exception; the message names the cause
         raise InputError(f"{folder}: cannot be read: {type(error).__name__}: {error}") from error
-    check_weights(folder, model, weights)
-    model.to_empty(device=device).tie_weights()
-    for weight in (model.wte.weight, model.lm_head.weight):  # no file has their rows beyond the vocabulary
-        nn.init.zeros_(weight)
-    for name, weight in gpt2_layout(model).items():
-        weight.copy_(weights[name])
-    return model.eval()
+    model.load_state_dict(weights, assign=True)
+    model.tie_weights()
+    if fold and model.n_shared == 1:
+        model.fold(rows_of(~equal_rows(model)))
+    return model.to(device).eval()
 
 
-def read_weights(path, tied):
-    """The tensors of a GPT-2 file under the names that gpt2_layout gives them. Older files, such as OpenAI's, call them
-    without `transformer.`, and hold the causal mask of each layer besides."""
+def read_weights(folder, tied):
+    """The tensors of a GPT's state_dict, in fp32, from a GPT-2 file or from the training state of a run. Older files,
+    such as OpenAI's, call them without `transformer.`, and hold the causal mask of each layer besides."""
     from safetensors.torch import load_file
 
+    if (folder / STATE).exists():
+        return torch.load(folder / STATE, map_location="cpu", weights_only=True)["model"]
+    if not (folder / WEIGHTS).exists():
+        raise ValueError(f"no {WEIGHTS}, the one file that weights are read from")
     weights = {}
-    for name, weight in load_file(path).items():
+    for name, weight in load_file(folder / WEIGHTS).items():
         if not name.endswith((".attn.bias", ".attn.masked_bias")) and not (tied and name == "lm_head.weight"):
-            weights[name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"] = weight
+            weight = weight.T if name.endswith(TRANSPOSED) else weight
+            weights[name.removeprefix("transformer.")] = weight.float() if weight.is_floating_point() else weight
+    if tied:
+        weights["lm_head.weight"] = weights["wte.weight"]
     return weights
 
 
-def check_weights(folder, model, weights):
-    n_known, layout = len(model.tokenizer), gpt2_layout(model)
-    if n_known != model.config.vocab_size:
-        raise InputError(f"{folder}: {n_known} tokens in the tokenizer, {model.config.vocab_size} in the model")
-    if strange := layout.keys() ^ weights.keys():
-        raise InputError(f"{folder}: missing or unknown tensors, such as {min(strange)}")
+def check_weights(model, weights):
+    n_known, vocab_size, expected = len(model.tokenizer), model.config.vocab_size, model.state_dict()
+    if not n_known == vocab_size == len(model.row):
+        raise ValueError(f"{n_known} tokens in the tokenizer, {vocab_size} in the model")
+    if strange := expected.keys() ^ weights.keys():
+        raise ValueError(f"missing or unknown tensors, such as {min(strange)}")
     for name, weight in weights.items():
-        if weight.shape != layout[name].shape:
-            raise InputError(f"{folder}: {name} is {tuple(weight.shape)}, by config.json {tuple(layout[name].shape)}")
-        if not weight.is_floating_point() or not weight.float().isfinite().all():
-            raise InputError(f"{folder}: {name} holds numbers that are not finite")
+        if weight.shape != expected[name].shape:
+            raise ValueError(f"{name} is {tuple(weight.shape)}, by config.json {tuple(expected[name].shape)}")
+        if weight.dtype != expected[name].dtype or not weight.isfinite().all():
+            raise ValueError(f"{name} holds numbers that are not finite")
+
+
+def equal_rows(model):
+    """The tokens (a mask, (V,)) whose rows of embedding and head are those of the most frequent pair of rows."""
+    layers = (model.wte, model.lm_head)
+    values = model.lm_head.weight[:, 0]
+    first = (values == values.mode().values).nonzero()[0]
+    return torch.stack([(layer.weight == layer.weight[first]).all(1) for layer in layers]).all(0)
 
 
 # --- Plots -----------------------------------------------------------------------------------------------------------
@@ -1228,30 +1216,35 @@ def draw_metrics(record):
 # --- Training --------------------------------------------------------------------------------------------------------
 
 
-def backward(model, window, n_tokens, autocast=None, scaler=None):
+def backward(learner, window, n_tokens, autocast=None, scaler=None):
     """Add up the gradients of a window, a list of batches: those of the mean loss over its n_tokens real tokens, in all
     processes, so that batches of any size and number make the same update. Returns (summed loss, right guesses) of this
-    process. model: a GPT, or torch.compile or DistributedDataParallel around it."""
+    process. learner: a GPT, or torch.compile or DistributedDataParallel around it."""
     loss_sum = right_sum = 0
     for i, batch in enumerate(window):
-        input_ids, targets = (tensor.to(model.device, non_blocking=True) for tensor in batch)
-        alone = isinstance(model, DistributedDataParallel) and i < len(window) - 1
-        with model.no_sync() if alone else nullcontext():  # the processes exchange gradients with the last batch
+        input_ids, targets = (tensor.to(learner.device, non_blocking=True) for tensor in batch)
+        alone = isinstance(learner, DistributedDataParallel) and i < len(window) - 1
+        with learner.no_sync() if alone else nullcontext():  # the processes exchange gradients with the last batch
             with autocast or nullcontext():
-                loss, right = model(input_ids, targets)
+                loss, right = learner(input_ids, targets)
             mean = loss * (world_size() / n_tokens)  # DistributedDataParallel then takes the mean over the processes
             (scaler.scale(mean) if scaler else mean).backward()
         loss_sum, right_sum = loss_sum + loss.detach(), right_sum + right
     return loss_sum, right_sum
 
 
-def update(model, window, n_tokens, optimizers, grad_clip, autocast, scaler):
-    """Update the weights from a window of batches. Returns (summed loss, right guesses, whether it or its gradient is
-    not finite), all on the device: nobody waits to see them."""
-    loss, right = backward(model, window, n_tokens, autocast, scaler)
+def update(model, learner, window, n_tokens, optimizers, grad_clip, autocast, scaler):
+    """Update the weights of model from a window of batches; learner is what backward takes. Returns (summed loss, right
+    guesses, whether it or its gradient is not finite), all on the device: nobody waits to see them."""
+    loss, right = backward(learner, window, n_tokens, autocast, scaler)
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
+    # The head's last row has the sum of the gradients of n tokens, whose rows are equal, and so are their gradients:
+    # divided by sqrt(n), it has the norm of all n together, and divided by n, it is the gradient of one of them.
+    shared = model.lm_head.weight.grad[-1]
+    shared /= math.sqrt(model.n_shared)
     norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    shared /= math.sqrt(model.n_shared)
     if not scaler.is_enabled() or norm.isfinite():  # a gradient that overflows in fp16 is skipped, the scale reduced
         for optimizer in optimizers:
             optimizer.step()
@@ -1259,17 +1252,6 @@ def update(model, window, n_tokens, optimizers, grad_clip, autocast, scaler):
         optimizer.zero_grad()
     scaler.update()
     return loss, right, ~torch.isfinite(loss if scaler.is_enabled() else norm)
-
-
-def keep_freed_memory():
-    """Have glibc keep the memory of freed tensors, in this process from now on; return it, or None for another library.
-    By itself it gives large blocks back to Linux and gets them again page by page, filled with zeros."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if not hasattr(libc, "malloc_trim"):
-        return None
-    libc.mallopt(-4, 0)  # M_MMAP_MAX: all of it from the heap
-    libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap shrinks by malloc_trim alone
-    return libc
 
 
 def compile_model(model, batch, autocast):
@@ -1314,27 +1296,20 @@ def last_save(record):
 
 
 def save_last(folder, model, record, progress, optimizers, scaler):
-    """Save the point from which an interrupted run continues; where that fails, the weights alone."""
-    if rank():
-        record["step"] = progress["step"]
-        return
-    moments = [optimizer.state_dict()["state"] for optimizer in optimizers]
-    state = {"progress": progress, "moments": moments, "scaler": scaler.state_dict()}
-    try:
-        save_checkpoint(folder / "last", model, record | {"step": progress["step"]}, state=state)
-        record["step"] = progress["step"]
-    except OSError as error:
-        rescued = f"the weights of step {progress['step']} are in {folder / 'rescued'}"
+    """Save the point from which an interrupted run continues."""
+    if not rank():
+        moments = [optimizer.state_dict()["state"] for optimizer in optimizers]
+        state = {"model": model.state_dict(), "progress": progress, "moments": moments, "scaler": scaler.state_dict()}
         try:
-            save_checkpoint(folder / "rescued", model, record | {"step": progress["step"]})
-        except OSError:
-            rescued = "the weights alone do not fit either"
-        raise OSError(f"{error}; {last_save(record)}; {rescued}") from error
+            save_checkpoint(folder / "last", model, record | {"step": progress["step"]}, state=state)
+        except OSError as error:
+            raise OSError(f"{error}; {last_save(record)}") from error
+    record["step"] = progress["step"]
 
 
 def restore_last(folder, optimizers, scaler):
     """Load what save_last saved, but for the weights; returns the progress, at step 0 where nothing was saved."""
-    path = folder / "last" / "training_state.pt"
+    path = folder / "last" / STATE
     progress = {"step": 0, "point": [0.0, 0], "loss": 0.0, "right": 0, "tokens": 0, "seconds": 0.0}
     if path.parent.exists():
         try:
@@ -1364,7 +1339,7 @@ def train(model, train_set, test_set, settings, record, precision):
     batches_a_step = settings.accum_steps * world_size()
     test_loader = make_loader(test_set.ids, share(epoch_batches(test_set.lengths, settings.batch_size, seed, 0)))
     model.train()
-    libc = prepare_backend(device, precision)
+    prepare_backend(device, precision)
     autocast = torch.autocast(device, DTYPES[precision], enabled=precision != "fp32")
     scaler = torch.amp.GradScaler(device, enabled=precision == "fp16")
     optimizers = make_optimizers(model, settings, DTYPES[precision])
@@ -1392,11 +1367,10 @@ def train(model, train_set, test_set, settings, record, precision):
                 for group, peak in groups:
                     group["lr"] = peak * schedule(progress["step"], n_steps, settings.warmup_steps)
                 n_tokens = next(token_counts)
-                sums = update(learner, window, n_tokens, optimizers, settings.grad_clip, autocast, scaler)
+                sums = update(model, learner, window, n_tokens, optimizers, settings.grad_clip, autocast,
+                              scaler)
                 pending.append((*sums, n_tokens))
                 progress["step"] += 1
-                if libc and progress["step"] % 2 == 0:
-                    libc.malloc_trim(0)  # batches of many sizes leave holes in the heap: without this it grows
                 bar.update()
                 save_now = time.monotonic() - saved_at > 60 * settings.save_every
                 stopping, save_now = largest(max(signals, default=0), save_now)
@@ -1423,12 +1397,11 @@ def train(model, train_set, test_set, settings, record, precision):
 
 
 def prepare_backend(device, precision):
-    """Set what PyTorch keeps for the whole process. Returns what keep_freed_memory does, on a CPU."""
+    """Set what PyTorch keeps for the whole process."""
     if device == "cuda" and precision != "fp32":
         torch.set_float32_matmul_precision("high")  # TF32 for the products that stay fp32, those of evaluate
     if device == "cpu":  # despite its name: attention with dropout then stays in bf16
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
-    return keep_freed_memory() if device == "cpu" else None
 
 
 def count_tokens(lengths, batches, batches_a_step):
@@ -1491,7 +1464,7 @@ def previous_run(settings):
     folder = Path(settings.checkpoints)
     if (folder / "last.old").exists() and not (folder / "last").exists():  # killed between the two renames of a save
         (folder / "last.old").rename(folder / "last")
-    for leftover in saved_folders(folder, r"(epoch_\d+|last|rescued)\.(tmp|old)"):
+    for leftover in saved_folders(folder, r"(epoch_\d+|last)\.(tmp|old)"):
         shutil.rmtree(leftover)
     for leftover in saved_folders(folder / "data", r"tmp\w+"):
         leftover.unlink()
@@ -1570,10 +1543,10 @@ def prepare_run(settings, device):
 
     model = None
     if before:
-        model = load_checkpoint(folder / "last", device)
+        model = load_checkpoint(folder / "last", device, fold=False)
     elif settings.init:
-        model = load_checkpoint(find_checkpoint(settings.init), device, **dropout_rates(settings), dtype="float32",
-                                architectures=["GPT2LMHeadModel"])
+        model = load_checkpoint(find_checkpoint(settings.init), device, fold=False, **dropout_rates(settings),
+                                dtype="float32", architectures=["GPT2LMHeadModel"])
         n_positions = model.config.n_positions
         require(settings.n_positions <= n_positions, "n_positions", settings.n_positions,
                 f"the checkpoint of --init {settings.init} has {n_positions}: give --n-positions {n_positions} or less")
@@ -1583,7 +1556,10 @@ def prepare_run(settings, device):
         refuse_changes(folder, before["data"], data)
         print(f"continuing the interrupted run from its last save, after step {before['step']:,}")
     torch.manual_seed(settings.seed)
-    model = model or GPT(model_config(settings, tokenizer), tokenizer).to(device)
+    if not model:
+        model = GPT(model_config(settings, tokenizer), tokenizer)
+        model.fold(rows_of_stories((train_set, test_set), model.config.vocab_size))
+        model.to(device)
     model.wpe.weight.requires_grad_(bool(settings.init))
     encode_prompt(model, settings.prompt)  # better refused now than after an epoch
     if settings.overwrite and not rank():
@@ -1604,7 +1580,8 @@ def new_record(settings, data, model):
     steps = min(settings.max_steps or math.inf, settings.epochs * per_epoch)
     per_point = min(per_epoch, math.ceil(steps / 1000))
     versions = {module.__name__: module.__version__ for module in (torch, transformers, datasets, matplotlib)}
-    parameters = sum(weight.numel() for weight in gpt2_layout(model).values())
+    with torch.device("meta"):
+        parameters = sum(weight.numel() for weight in GPT(model.config).parameters())
     return {"settings": asdict(settings), "processes": world_size(), "data": data, "parameters": parameters,
             "steps": steps, "steps_per_epoch": per_epoch, "steps_per_point": per_point,
             "step": 0, "epochs": [], "curve": [], "versions": {"python": platform.python_version(), **versions}}

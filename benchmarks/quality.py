@@ -120,14 +120,16 @@ def adamw_alone(factor=1):
         adamw, muon = project.make_optimizers(model, settings, dtype)
         outer, vectors = adamw.param_groups
         outer["lr"] = factor * settings.learning_rate
-        adamw.add_param_group({**muon.param_groups[0], "lr": settings.learning_rate})
+        hidden = [weight for group in muon.param_groups for weight in group["params"]]
+        adamw.add_param_group({"params": hidden, "lr": settings.learning_rate, "weight_decay": settings.weight_decay})
         return [adamw]
 
     return make
 
 
 def other_groups(change):
-    """gpt2_tinystories.py's optimizers; change is given their groups: embedding and head, vectors, hidden matrices."""
+    """gpt2_tinystories.py's optimizers; change is given their groups: embedding and head, vectors, and those of hidden
+    matrices."""
 
     def make(model, settings, dtype):
         optimizers = project.make_optimizers(model, settings, dtype)
@@ -138,11 +140,11 @@ def other_groups(change):
 
 
 def outer_rate(factor):
-    return other_groups(lambda outer, vectors, hidden: outer.update(lr=factor * outer["lr"]))
+    return other_groups(lambda outer, vectors, *hidden: outer.update(lr=factor * outer["lr"]))
 
 
 def adam(**changes):
-    return other_groups(lambda outer, vectors, hidden: [group.update(changes) for group in (outer, vectors)])
+    return other_groups(lambda outer, vectors, *hidden: [group.update(changes) for group in (outer, vectors)])
 
 
 def scaled(names, factor):
@@ -207,7 +209,7 @@ RECIPES = {
     **{f"Muon's rate {rate:g}": Recipe({"muon_learning_rate": rate}) for rate in (0.005, 0.01, 0.04)},
     **{f"embedding and head x {factor}": Recipe(optimizers=outer_rate(factor / 10)) for factor in (1, 3, 30)},
     "vectors x 10": Recipe(
-        optimizers=other_groups(lambda outer, vectors, hidden: vectors.update(lr=10 * vectors["lr"]))),
+        optimizers=other_groups(lambda outer, vectors, *hidden: vectors.update(lr=10 * vectors["lr"]))),
     **{f"warm-up {steps}": Recipe({"warmup_steps": steps}) for steps in (0, 20)},
     "constant rate": Recipe(schedule=constant),
     "cosine": Recipe(schedule=cosine),
@@ -219,7 +221,7 @@ RECIPES = {
     "weight decay 0": Recipe({"weight_decay": 0.0}),
     "weight decay 0.3": Recipe({"weight_decay": 0.3}),
     "no weight decay in Muon": Recipe(
-        optimizers=other_groups(lambda outer, vectors, hidden: hidden.update(weight_decay=0.0))),
+        optimizers=other_groups(lambda outer, vectors, *hidden: [group.update(weight_decay=0.0) for group in hidden])),
     "no clipping": Recipe({"grad_clip": 1e9}),
     "dropout 0.1": Recipe({"dropout": 0.1}),
     "dropout 0.2": Recipe({"dropout": 0.2}),
@@ -258,9 +260,10 @@ def train(name, seed, base, device, precision):
     train_set, test_set, tokenizer, data = prepared(base)
     torch.manual_seed(seed)
     model = recipe.model(project.model_config(settings, tokenizer), tokenizer)
+    if not recipe.plain:
+        model.fold(project.rows_of_stories((train_set, test_set), len(tokenizer)))
     recipe.change(model)
     model.to(device).train()
-    libc = project.keep_freed_memory() if device == "cpu" else None
     test_batches = project.epoch_batches(test_set.lengths, settings.batch_size, settings.seed, 0)
     optimizers = recipe.optimizers(model, settings, project.DTYPES[precision])
     groups = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
@@ -282,11 +285,10 @@ def train(name, seed, base, device, precision):
             if recipe.plain:
                 losses.append(plain_update(model, window, optimizers, settings.accum_steps, scaler, autocast))
             else:
-                loss, *_ = project.update(model, window, n_tokens, optimizers, settings.grad_clip, autocast, scaler)
+                loss, *_ = project.update(model, model, window, n_tokens, optimizers, settings.grad_clip, autocast,
+                                          scaler)
                 losses.append(float(loss) / n_tokens)
             step += 1
-            if libc:
-                libc.malloc_trim(0)
             if recipe.average:
                 average = average or [weight.detach().clone() for weight in model.parameters()]
                 with torch.no_grad():
@@ -349,14 +351,13 @@ def score(model, test_set, batches):
 @torch.no_grad()
 def write_stories(model, length):
     """What a model writes: of each prompt a greedy and a sampled story, and two shares, taken over 5 sampled ones."""
-    vocabulary = model.config.vocab_size
     generator = torch.Generator(model.device)
 
     def greedy(x, *_):
-        return model.lm_head(x)[:, :vocabulary].argmax(-1)
+        return model.lm_head(x)[:, model.row].argmax(-1)
 
     def sampled(x, *_):
-        probabilities = project.next_probabilities(model.lm_head(x)[:, :vocabulary], TEMPERATURE, 0, 1.0)
+        probabilities = project.next_probabilities(model.lm_head(x)[:, model.row], TEMPERATURE, 0, 1.0)
         return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
 
     stories, ended, repeated = [], [], []

@@ -93,8 +93,8 @@ def test_the_first_loss_is_that_of_the_checkpoint(finished, workspace, monkeypat
     model, record = read_run(finished / "checkpoints")
     losses, update = [], project.update
 
-    def spy(model, window, n_tokens, *rest):
-        sums = update(model, window, n_tokens, *rest)
+    def spy(model, learner, window, n_tokens, *rest):
+        sums = update(model, learner, window, n_tokens, *rest)
         losses.append(sums[0].item() / n_tokens)
         return sums
 

@@ -1,0 +1,213 @@
+"""The folded vocabulary against the full one: the same model, trained, saved, loaded and written with."""
+
+import math
+from contextlib import nullcontext
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from conftest import make_config, make_model, read_run
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, GPT2LMHeadModel
+
+import gpt2_tinystories as project
+from sample_stories import sample_stories
+
+V = 400
+
+
+def folded_and_full():
+    """A model in float64 with rows for 100 tokens and one for 300, and the one with 400 rows that it stands for."""
+    torch.manual_seed(1)
+    has_own = torch.zeros(V, dtype=torch.bool)
+    has_own[torch.randperm(V)[:100]] = True
+    config = make_config(FakeTokenizer())
+    folded, full = (project.GPT(config).double() for _ in range(2))
+    folded.fold(project.rows_of(has_own))
+    assert folded.lm_head.weight.shape == (101, 32) and folded.n_shared == 300
+    full.load_state_dict(unfolded(folded))
+    return folded, full, has_own.nonzero()[:, 0]
+
+
+class FakeTokenizer:
+    eos_token_id = 0
+
+    def __len__(self):
+        return V
+
+
+def unfolded(model):
+    """The state of the model with a row for each token."""
+    state = model.state_dict() | {"row": torch.arange(V)}
+    return state | {name: state[name][model.row] for name in ("wte.weight", "lm_head.weight")}
+
+
+@pytest.mark.parametrize("grad_clip", [0.05, 1e9], ids=["clipped", "not clipped"])
+def test_the_folded_model_learns_what_the_full_one_learns(grad_clip, monkeypatch):
+    """20 steps of two batches each, with Muon, AdamW and weight decay: the same losses, norms and weights."""
+    folded, full, tokens = folded_and_full()
+    settings = project.Settings(grad_clip=grad_clip, weight_decay=0.1)
+    clip, norms, losses = torch.nn.utils.clip_grad_norm_, [], []
+
+    def spy(*arguments):
+        norms.append(clip(*arguments).item())
+        return torch.tensor(norms[-1])
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    for model in (folded, full):
+        generator = torch.Generator().manual_seed(2)
+        optimizers = project.make_optimizers(model, settings, torch.float64)
+        for _ in range(20):
+            ids = tokens[torch.randint(100, (2, 4, 21), generator=generator)]
+            ids[0, :2, 15:] = project.IGNORE
+            window = [(story[:, :-1].clamp(min=0), story[:, 1:]) for story in ids]
+            n_tokens = int((ids[:, :, 1:] != project.IGNORE).sum())
+            loss, *_ = project.update(model, model, window, n_tokens, optimizers, grad_clip, nullcontext(), scaler)
+            losses.append(loss.item() / n_tokens)
+    assert losses[:20] == pytest.approx(losses[20:], abs=1e-9)
+    assert norms[:20] == pytest.approx(norms[20:], rel=1e-9) and min(norms) > 0.05
+    assert losses[19] < losses[0] - 0.5
+    for name, weight in unfolded(folded).items():
+        torch.testing.assert_close(weight, full.state_dict()[name], atol=1e-7, rtol=0)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_logits_and_the_loss_are_those_of_the_whole_vocabulary(training):
+    """Also for targets that share a row."""
+    folded, full, _ = folded_and_full()
+    ids = torch.randint(V, (3, 30))
+    targets = torch.randint(V, (3, 30))
+    targets[1, 20:] = project.IGNORE
+    logits = folded.train(training)(ids)
+    torch.testing.assert_close(logits, full.train(training)(ids))
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    torch.testing.assert_close(folded(ids, targets)[0], expected)
+
+
+def test_the_perplexity_of_tokens_that_no_training_story_has_is_that_of_transformers(tokenizer, tmp_path):
+    """Of a model that was trained on none of them, and of the saved one, whose equal rows are folded when it is read."""
+    model = make_model(tokenizer)
+    texts = ["Zoë's café: 7 × 8 = 56!", "Über uns ~ nichts.", *sample_stories(3, seed=5)]
+    stories = datasets.Dataset.from_dict({"text": texts})
+    tokens = project.encode_stories(stories, tokenizer, 64, tmp_path / "tokens.arrow")
+    n_shared = sum(int((model.row[story.as_py()] == len(model.lm_head.weight) - 1).sum()) for story in tokens.ids)
+    assert n_shared >= 10
+    project.save_checkpoint(tmp_path / "epoch_1", model, {})
+    theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "epoch_1").double().eval()
+    nats = 0
+    for story in tokens.ids:
+        story = torch.tensor([story.as_py()])
+        logits = theirs(story[:, :-1]).logits[0].log_softmax(-1)
+        nats -= logits.gather(1, story[0, 1:, None]).sum().item()
+    loader = project.make_loader(tokens.ids, project.epoch_batches(tokens.lengths, 2, 0, 0))
+    for each in (model, project.load_checkpoint(tmp_path / "epoch_1")):
+        assert len(each.lm_head.weight) < 300
+        perplexity = project.compute_perplexity(each.double(), loader)
+        assert perplexity == pytest.approx(math.exp(nats / tokens.lengths.sum()), rel=1e-6)
+
+
+def test_a_saved_model_has_a_row_for_each_token_and_is_folded_again(model, tmp_path):
+    project.save_checkpoint(tmp_path / "epoch_1", model, {})
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "epoch_1").eval()
+    assert theirs.lm_head.weight.shape == theirs.transformer.wte.weight.shape == (V, 32)
+    loaded = project.load_checkpoint(tmp_path / "epoch_1")
+    assert torch.equal(loaded.row, model.row)
+    for name, weight in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], weight), name
+    whole = project.load_checkpoint(tmp_path / "epoch_1", fold=False)
+    assert len(whole.lm_head.weight) == V and whole.n_shared == 1
+    ids = torch.randint(V, (3, 50))
+    torch.testing.assert_close(loaded(ids), whole(ids), atol=1e-5, rtol=1e-5)
+
+
+def test_rows_that_differ_are_not_folded(model, tmp_path):
+    """Neither tokens with the same row of the head and others of the embedding, nor the other way round."""
+    model = project.GPT(model.config, model.tokenizer)
+    with torch.no_grad():
+        model.lm_head.weight[100:200] = model.lm_head.weight[100]
+        model.wte.weight[150:300] = model.wte.weight[150]
+        model.wte.weight[120:130] = model.wte.weight[100]
+    project.save_checkpoint(tmp_path / "epoch_1", model, {})
+    loaded = project.load_checkpoint(tmp_path / "epoch_1")
+    assert loaded.n_shared == 11 and len(loaded.lm_head.weight) == V - 10
+    ids = torch.randint(V, (3, 50))
+    torch.testing.assert_close(loaded(ids), model.eval()(ids), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("n_used, n_rows", [(1, 64), (63, 64), (64, 128), (130, 192), (399, 400), (400, 400)])
+def test_the_tokens_of_the_stories_have_rows_of_their_own(n_used, n_rows, tmp_path):
+    used = np.random.default_rng(0).permutation(V)[:n_used]
+    column = datasets.Dataset.from_dict({"ids": [used[::2], used[1::2], used[:3]]}).data.column("ids")
+    parts = [project.Tokens(column.slice(0, 1), None, 0), project.Tokens(column.slice(1), None, 0)]
+    row = project.rows_of_stories(parts, V)
+    counts = row.bincount()
+    assert len(row) == V and len(counts) == n_rows and set(counts[:-1].tolist()) <= {1}
+    assert len(set(row[used].tolist())) == n_used
+    assert counts[row[used]].tolist() == [1] * n_used
+
+
+def test_a_run_folds_what_its_stories_do_not_have(finished):
+    """The tokenizer of 400 is of the training stories, and knows bytes that these do not have."""
+    model, record = read_run(finished / "checkpoints")
+    state = torch.load(finished / "checkpoints/last/training_state.pt", weights_only=True)
+    assert state["model"]["lm_head.weight"].shape == state["moments"][0][1]["exp_avg"].shape == (model.row.max() + 1, 32)
+    assert len(model.lm_head.weight) % 64 == 0 and len(model.lm_head.weight) < V
+    assert record["parameters"] == sum(p.numel() for p in GPT2LMHeadModel(model.config).parameters())
+    last = project.load_checkpoint(finished / "checkpoints" / "last")
+    assert torch.equal(last.row, model.row) and torch.equal(last.lm_head.weight, model.lm_head.weight)
+
+
+def test_a_new_model_begins_like_the_full_one(tokenizer):
+    """Folding changes no first weight but those of the tokens that share a row."""
+    torch.manual_seed(0)
+    full = project.GPT(make_config(tokenizer), tokenizer)
+    torch.manual_seed(0)
+    folded = project.GPT(make_config(tokenizer), tokenizer)
+    has_own = torch.arange(V) % 3 > 0
+    folded.fold(project.rows_of(has_own))
+    for one, two in ((full.wte, folded.wte), (full.lm_head, folded.lm_head)):
+        assert torch.equal(one.weight[has_own], two.weight[folded.row[has_own]])
+        assert torch.equal(one.weight[0], two.weight[-1])
+
+
+# --- What a step asks of the device
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is dispatched inside, but for views."""
+
+    n = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        self.n += not function.is_view and "profiler" not in str(function)
+        return function(*arguments, **options or {})
+
+
+def test_muon_takes_few_operations_a_step():
+    """A GPU waits for the launch of each. One matrix at a time, five iterations took 386."""
+    _, model, _ = folded_and_full()
+    _, muon = project.make_optimizers(model, project.Settings(), torch.float64)
+    for _ in range(2):  # the first makes the momentum
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        with Operations() as operations:
+            muon.step()
+    assert 0 < operations.n <= 120
+
+
+def test_nothing_in_a_step_waits_for_the_device():
+    """On the meta device there are shapes without numbers: whoever asks for a number fails."""
+    model, _, _ = folded_and_full()
+    model = model.float().to("meta").train()
+    optimizers = project.make_optimizers(model, project.Settings(), torch.bfloat16)
+    for group in optimizers[0].param_groups:
+        group["fused"] = False  # a kernel of real devices
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    window = [(torch.zeros(2, 9, dtype=torch.long), torch.zeros(2, 9, dtype=torch.long))] * 2
+    for _ in range(2):
+        results = project.update(model, model, window, 36, optimizers, 1.0, nullcontext(), scaler)
+    assert [value.device.type for value in results] == ["meta"] * 3
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        results[0].item()
