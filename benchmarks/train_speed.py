@@ -9,12 +9,14 @@ hf-default  GPT2LMHeadModel and Trainer with default arguments: fp32, stories in
             longest one, the fused AdamW
 hf-tuned    the same with --precision (bf16 where the hardware has it), torch.compile and the very batches of ours, so
             with stories of similar length
-ours        gpt2_tinystories.py as it is, but with n_inner 3072, as GPT2LMHeadModel has it: equal work
+ours        gpt2_tinystories.py as it is, but with n_inner 3072, as GPT2LMHeadModel has it: the same model
+not-folded  ours with a row of embedding and head for each of the tokens that no story has, too
 
 Each is a process of its own. They train a block of steps in turn; the first blocks (warm-up, compilation) do not count.
-Tokens are those of the stories, without padding. The share of the machine's rate of matrix products is of FLOPs counted
-as 6 a token for every weight of a matrix product, and 6 T n_embd in each layer for causal attention over T tokens; the
-products of Muon, which ours makes besides, are not counted.
+Tokens are those of the stories, without padding. GFLOP a token are counted as 6 for every weight of a matrix product,
+and 6 T n_embd in each layer for causal attention over T tokens. They stand there twice: those of the whole model for
+the real tokens alone, and those that are really multiplied, for padding as well, with the rows that there are, and with
+the products of Muon. The share of the machine's own rate of matrix products is of the latter.
 """
 
 import argparse
@@ -29,6 +31,7 @@ import time
 from pathlib import Path
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import gpt2_tinystories as project
@@ -37,7 +40,8 @@ import gpt2_tinystories as project
 
 
 class Stopwatch:
-    """Times blocks of optimizer steps; what it sends to the parent is (seconds, tokens, FLOPs, peak memory)."""
+    """Times blocks of optimizer steps; what it sends to the parent is (seconds, tokens, FLOPs of the whole model, FLOPs
+    really multiplied, peak memory)."""
 
     def __init__(self, pipe, options):
         self.pipe, self.options = pipe, options
@@ -50,7 +54,7 @@ class Stopwatch:
         if rest:
             return
         if block:
-            tokens, flops = (float(sum(column)) for column in zip(*self.work, strict=True))
+            sums = [float(sum(column)) for column in zip(*self.work, strict=True)]
             synchronize(self.options.device)
             seconds = time.perf_counter() - self.started
             if self.options.profile and block > self.options.rounds:
@@ -58,18 +62,28 @@ class Stopwatch:
                 key = "self_device_time_total" if self.options.device == "cuda" else "self_cpu_time_total"
                 table = self.profiler.key_averages().table(sort_by=key, row_limit=20, max_name_column_width=50)
                 print(table, flush=True)
-            self.pipe.send((seconds, tokens, flops, peak_memory(self.options.device)))
+            self.pipe.send((seconds, *sums, peak_memory(self.options.device)))
         self.pipe.recv()  # until it is this one's turn
         self.work.clear()
         if self.options.profile and block == self.options.rounds:
             self.profiler.start()
         self.started = time.perf_counter()
 
-    def add(self, config, n_tokens, width):
-        """Take down what a batch of n_tokens, padding not counted, with stories of at most `width` tokens amounts to"""
-        n_weights = config.n_layer * (4 * config.n_embd**2 + 2 * config.n_embd * (config.n_inner or 4 * config.n_embd))
-        n_weights += config.vocab_size * config.n_embd
-        self.work.append((n_tokens, 6 * n_tokens * (n_weights + config.n_layer * config.n_embd * width)))
+    def add(self, config, n_tokens, shape, n_rows, muon=0):
+        """Take down a batch of this shape with n_tokens that are no padding, for a head of n_rows."""
+        layers = config.n_layer * (4 * config.n_embd**2 + 2 * config.n_embd * (config.n_inner or 4 * config.n_embd))
+        layers += config.n_layer * config.n_embd * shape[1]  # attention
+        whole = 6 * n_tokens * (layers + config.n_embd * config.vocab_size)
+        self.work.append((n_tokens, whole, 6 * math.prod(shape) * (layers + config.n_embd * n_rows) + muon))
+
+
+def muon_flops(model):
+    """Those of Muon's products in a step."""
+    matrices = [weight for weight in model.h.parameters() if weight.dim() == 2]
+    with FlopCounterMode(display=False) as counter:
+        for weight in matrices:
+            project.orthogonalize(torch.empty(1, *weight.shape, device="meta"), torch.float32)
+    return counter.get_total_flops()
 
 
 def synchronize(device):
@@ -83,25 +97,31 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def settings_of(options):
+def settings_of(options, name="trainer"):
     # All stories and no saves inside an epoch: a block holds nothing but steps.
     return (f"--data {options.data} --fraction 1 --save-every 1e6 --n-inner 3072 --epochs 1000 --device "
             f"{options.device} --batch-size {options.batch_size} --accum-steps {options.accum_steps} --precision "
-            f"{options.precision} --compile {options.compile} --checkpoints {options.folder}/checkpoints --plots "
-            f"{options.folder}/plots").split()
+            f"{options.precision} --compile {options.compile} --checkpoints {options.folder}/{name} --plots "
+            f"{options.folder}/{name}").split()
 
 
-def ours(options, stopwatch):
-    backward = project.backward
+def ours(options, stopwatch, name="ours"):
+    update = project.update
 
-    def timed_backward(model, window, *rest):
+    def timed_update(model, learner, window, *rest):
         stopwatch.before_step()
-        for input_ids, targets in window:
-            stopwatch.add(model.config, int((targets != project.IGNORE).sum()), input_ids.size(1))
-        return backward(model, window, *rest)
+        for i, (input_ids, targets) in enumerate(window):
+            n_tokens, muon = int((targets != project.IGNORE).sum()), 0 if i else muon_flops(model)
+            stopwatch.add(model.config, n_tokens, input_ids.shape, len(model.lm_head.weight), muon)
+        return update(model, learner, window, *rest)
 
-    project.backward = timed_backward
-    project.main(settings_of(options))
+    project.update = timed_update
+    project.main(settings_of(options, name))
+
+
+def not_folded(options, stopwatch):
+    project.rows_of_stories = lambda parts, vocab_size: torch.arange(vocab_size)
+    ours(options, stopwatch, "not-folded")
 
 
 def hf_default(options, stopwatch, batches_of_ours=False, **arguments):
@@ -116,7 +136,8 @@ def hf_default(options, stopwatch, batches_of_ours=False, **arguments):
                 stopwatch.before_step()
             self.n_batches += 1
             mask = inputs["attention_mask"]
-            stopwatch.add(config, mask.sum() - len(mask), mask.size(1))  # the first token of a story is no target
+            n_tokens = mask.sum() - len(mask)  # the first token of a story is no target
+            stopwatch.add(config, n_tokens, mask.shape, config.vocab_size)
             return super().training_step(model, inputs, *rest)
 
         def _get_train_sampler(self, *rest):
@@ -143,7 +164,7 @@ def hf_tuned(options, stopwatch):
                fp16=options.precision == "fp16")
 
 
-RUNS = {"hf-default": hf_default, "hf-tuned": hf_tuned, "ours": ours}
+RUNS = {"hf-default": hf_default, "hf-tuned": hf_tuned, "not-folded": not_folded, "ours": ours}
 
 
 def work(name, options, pipe):
@@ -225,15 +246,17 @@ def main():
 def report(options, blocks, rate):
     print(f"{options.device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {options.batch_size} x "
           f"{options.accum_steps} stories of {options.data}, {options.precision} products {rate / 1e9:,.0f} GFLOP/s\n\n"
-          "| | tokens/s: median, lowest to highest | ours faster by | peak memory | of the products' rate |\n"
-          "|---|---|---|---|---|")
-    speeds = {name: [tokens / seconds for seconds, tokens, _, _ in blocks[name]] for name in options.only}
+          "| | tokens/s: median, lowest to highest | ours faster by | peak memory | GFLOP a token: whole model | "
+          "really multiplied | of the products' rate |\n|---|---|---|---|---|---|---|")
+    speeds = {name: [tokens / seconds for seconds, tokens, *_ in blocks[name]] for name in options.only}
     for name, speed in speeds.items():
         ratios = [a / b for a, b in zip(speeds["ours"], speed, strict=True)] if "ours" in speeds else [math.nan]
-        share = statistics.median(flops / seconds for seconds, _, flops, _ in blocks[name]) / rate
-        memory = max(block[3] for block in blocks[name]) / 2**30
+        _, tokens, whole, real, _ = (sum(column) for column in zip(*blocks[name], strict=True))
+        share = statistics.median(block[3] / block[0] for block in blocks[name]) / rate
+        memory = max(block[4] for block in blocks[name]) / 2**30
         print(f"| {name} | {statistics.median(speed):,.0f}, {min(speed):,.0f} to {max(speed):,.0f} | "
-              f"{statistics.median(ratios):.2f} x | {memory:.2f} GiB | {share:.0%} |")
+              f"{statistics.median(ratios):.2f} x | {memory:.2f} GiB | {whole / tokens / 1e9:.3f} | "
+              f"{real / tokens / 1e9:.3f} | {share:.0%} |")
 
 
 if __name__ == "__main__":

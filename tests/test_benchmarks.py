@@ -18,15 +18,16 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
     "command, rows",
     [
         ("data_speed.py --stories 60 --tokenizer bpe:400", 2),
-        ("generate_speed.py --tokenizer bpe:400 --max-length 5 --rounds 1", 2),
+        ("generate_speed.py --model {finished}/checkpoints/epoch_2 --max-length 5 --rounds 1", 3),
         ("train_speed.py --only ours --data sample --rounds 1 --steps 1 --batch-size 1 --device cpu --profile", 1),
-        ("train_speed.py --data sample --rounds 1 --steps 1 --batch-size 1 --device cpu --only hf-default ours", 2),
+        ("train_speed.py --data sample --rounds 1 --steps 1 --batch-size 1 --device cpu --only not-folded ours", 2),
+        ("train_speed.py --data sample --rounds 1 --steps 1 --batch-size 1 --device cpu --only hf-default", 1),
         ("quality.py --data sample --fraction 0.01 --max-steps 2 --only plain ours --length 3", 2),
     ],
 )
-def test_a_benchmark_prints_its_table(command, rows, tmp_path):
+def test_a_benchmark_prints_its_table(command, rows, tmp_path, finished):
     pytest.importorskip("resource", reason="the benchmarks ask Unix how much memory a process has had")
-    script, *arguments = command.split()
+    script, *arguments = command.format(finished=finished).split()
     if script.startswith(("generate", "quality")):
         arguments += ["--device", "cpu"]
     ran = subprocess.run(

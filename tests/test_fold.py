@@ -87,7 +87,7 @@ def test_the_logits_and_the_loss_are_those_of_the_whole_vocabulary(training):
 
 
 def test_the_perplexity_of_tokens_that_no_training_story_has_is_that_of_transformers(tokenizer, tmp_path):
-    """Of a model that was trained on none of them, and of the saved one, whose equal rows are folded when it is read."""
+    """Of a model that was trained on none of them, and of the saved one, whose equal rows are folded again."""
     model = make_model(tokenizer)
     texts = ["Zoë's café: 7 × 8 = 56!", "Über uns ~ nichts.", *sample_stories(3, seed=5)]
     stories = datasets.Dataset.from_dict({"text": texts})
@@ -152,7 +152,8 @@ def test_a_run_folds_what_its_stories_do_not_have(finished):
     """The tokenizer of 400 is of the training stories, and knows bytes that these do not have."""
     model, record = read_run(finished / "checkpoints")
     state = torch.load(finished / "checkpoints/last/training_state.pt", weights_only=True)
-    assert state["model"]["lm_head.weight"].shape == state["moments"][0][1]["exp_avg"].shape == (model.row.max() + 1, 32)
+    moments = state["moments"][0][1]
+    assert state["model"]["lm_head.weight"].shape == moments["exp_avg"].shape == (model.row.max() + 1, 32)
     assert len(model.lm_head.weight) % 64 == 0 and len(model.lm_head.weight) < V
     assert record["parameters"] == sum(p.numel() for p in GPT2LMHeadModel(model.config).parameters())
     last = project.load_checkpoint(finished / "checkpoints" / "last")
