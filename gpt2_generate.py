@@ -2,7 +2,7 @@
 
     python gpt2_generate.py                                 the PROMPTS below, with the newest checkpoint
     python gpt2_generate.py --prompt "Tom had a kite" --method sample --num-samples 3
-    python gpt2_generate.py --model gpt2 --stop "." --batch any GPT-2 of the Hub; up to a full stop; all at once
+    python gpt2_generate.py --model gpt2 --stop "."         any GPT-2 of the Hub; up to a full stop
     python gpt2_generate.py --interactive                   type beginnings, read stories
 """
 
@@ -46,7 +46,7 @@ class Settings:
     stop: tuple = setting((), "text that ends a story; can be repeated")
     num_samples: int = setting(1, "for sample: stories for each prompt")
     seed: int = setting(42, "for sample: seed of the first story, the next one has the next seed")
-    batch: bool = setting(False, "write all stories at once and show them then: faster, on a GPU above all")
+    batch: bool = setting(False, "write all samples of a prompt at once and show them then: faster")
     device: str = setting("auto", "where to compute", ("auto", "cuda", "cpu", "mps"))
     interactive: bool = setting(False, "ask for prompts until an empty line")
 
@@ -70,7 +70,7 @@ def newest_checkpoint(folder="checkpoints"):
 
 
 def write_stories(model, prompts, settings):
-    """Print the stories for some prompts: each word as soon as it is complete, or with --batch all of them at once."""
+    """Print stories for some prompts: each word as soon as it is complete, or with --batch all samples of a prompt."""
     from transformers import TextStreamer
 
     names = "max_length", "method", "temperature", "top_k", "top_p", "repetition_penalty", "stop"

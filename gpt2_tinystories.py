@@ -745,7 +745,7 @@ def evaluation_mode(model):
 def generate_text(model, prompt, max_length=50, method="greedy", *, temperature=1.0, top_k=0, top_p=1.0,
                   repetition_penalty=1.0, stop=(), num_samples=1, seed=None, streamer=None):
     """The prompt and at most max_length new tokens, up to <|endoftext|> or to the token with which one of the texts in
-    stop is in the new text: a str, or a list if prompt is a list or num_samples > 1, for each prompt num_samples.
+    stop is in the new text: a str; if num_samples > 1, a list of so many; of a list of prompts, the list of all texts.
 
     method: "greedy" takes the likeliest token; "sample" divides the logits by temperature and draws from the top_k
     likeliest tokens (0: all), of those from the fewest that together have the probability top_p. repetition_penalty
@@ -765,55 +765,52 @@ def generate_text(model, prompt, max_length=50, method="greedy", *, temperature=
     require(num_samples >= 1, "num_samples", num_samples, "must be at least 1")
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     require(prompts, "prompt", prompts, "must be at least one text")
-    ids = [row for row in (encode_prompt(model, text) for text in prompts) for _ in range(num_samples)]
-    require(len(ids) == 1 or streamer is None, "streamer", f"for {len(ids)} texts", "it shows one at a time")
-    if method == "sample":
-        seeds = [None if seed is None else seed + i for i in range(num_samples)] * len(prompts)
-        numbers = torch.stack([uniform_numbers(max_length, seed) for seed in seeds]).to(model.device)
+    n_texts = len(prompts) * num_samples
+    require(n_texts == 1 or streamer is None, "streamer", f"for {n_texts} texts", "it shows one at a time")
 
-    def choose(x, tokens, n_new):
-        logits = penalize(model.lm_head(x)[:, model.row], tokens, repetition_penalty)
+    def choose(logits, tokens, i):
+        logits = penalize(logits, tokens, repetition_penalty)
         if method == "greedy":
             return logits.argmax(-1)
-        probabilities = next_probabilities(logits, temperature, top_k, top_p)
-        return pick(probabilities, numbers.gather(1, n_new.clamp(0, max_length - 1)[:, None]))
+        return pick(next_probabilities(logits, temperature, top_k, top_p), numbers[:, i : i + 1])
 
-    with evaluation_mode(model):
-        texts = model.tokenizer.batch_decode(continue_rows(model, ids, max_length, choose, stop, streamer))
+    texts = []
+    for ids in [encode_prompt(model, text) for text in prompts]:
+        if method == "sample":
+            seeds = [None if seed is None else seed + i for i in range(num_samples)]
+            numbers = torch.stack([uniform_numbers(max_length, seed) for seed in seeds]).to(model.device)
+        rows = continue_rows(model, ids, num_samples, max_length, choose, stop, streamer)
+        texts += model.tokenizer.batch_decode(rows)
     return texts[0] if isinstance(prompt, str) and num_samples == 1 else texts
 
 
-def continue_rows(model, prompts, max_length, choose, stop=(), streamer=None):
-    """prompts, lists of ids, each with up to max_length more, as described for generate_text. choose makes ids (B,) of
-    the last hidden states (B, C), the tokens so far (B, T) and the new token's number in its row (B,), from 0. Where
-    prompts differ in length, the longer ones are read on, a token a step, while the shorter ones are continued."""
-    starts = torch.tensor([len(ids) for ids in prompts], device=model.device)
-    given = nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in prompts], batch_first=True, padding_value=-1)
-    given, ends = given.to(model.device), starts + max_length  # ends: the lengths of the rows in the end
-    tokens = inputs = given[:, : starts.min()]
-    cache, n_bytes = [{} for _ in model.h], max((len(text.encode()) for text in stop), default=0)
+@torch.no_grad()
+def continue_rows(model, ids, n_rows, max_length, choose, stop=(), streamer=None):
+    """n_rows lists of ids, each with up to max_length more, as described for generate_text. choose makes new ids (B,)
+    of logits (B, V), the tokens so far (B, T) and the number of new tokens before this one."""
+    tokens = inputs = torch.tensor([ids] * n_rows, device=model.device)  # (B, T)
+    end, cache = model.tokenizer.eos_token_id, [{} for _ in model.h]
+    done = torch.zeros(n_rows, dtype=torch.bool, device=model.device)
     if streamer:
         streamer.put(tokens.cpu())
-    for at in range(tokens.size(1), given.size(1) + max_length):
-        new = choose(model.hidden_states(inputs, cache)[:, -1], tokens, at - starts)
-        if at < given.size(1):
-            new = new.where(given[:, at] < 0, given[:, at])
-        ends = ends.where(new != model.tokenizer.eos_token_id, ends.clamp(max=at))
-        tokens, inputs = torch.cat((tokens, new[:, None]), dim=1), new[:, None]
-        if streamer and ends[0] > at:
-            streamer.put(new.cpu())
-        if stop and at >= starts.min():
-            n_new = [min(at + 1 - len(ids), n_bytes) for ids in prompts]  # a token has a byte at least
-            tails = [row[-n:] if n > 0 else [] for row, n in zip(tokens[:, -n_bytes:].tolist(), n_new, strict=True)]
-            stopped = [any(end in text for end in stop) for text in model.tokenizer.batch_decode(tails)]
-            ends = ends.where(~torch.tensor(stopped, device=model.device), ends.clamp(max=at + 1))
-        if (ends <= at + 1).all():
-            break
-        if cache[0]["k"].size(2) == model.config.n_positions:  # the context is full: go on with its newer half
-            inputs, cache = tokens[:, -(model.config.n_positions // 2) :], [{} for _ in model.h]
+    with evaluation_mode(model):
+        for i in range(max_length):
+            logits = model.lm_head(model.hidden_states(inputs, cache)[:, -1])[:, model.row]
+            new = choose(logits, tokens, i).masked_fill(done, end)  # what is done goes on with ends, cut off below
+            done = done | (new == end)
+            tokens, inputs = torch.cat((tokens, new[:, None]), dim=1), new[:, None]
+            if streamer and not done[0]:
+                streamer.put(new.cpu())
+            if stop:
+                new_texts = model.tokenizer.batch_decode(tokens[:, len(ids) :])
+                done = done | torch.tensor([any(s in text for s in stop) for text in new_texts], device=done.device)
+            if done.all():
+                break
+            if cache[0]["k"].size(2) == model.config.n_positions:  # full: go on with the newer half
+                inputs, cache = tokens[:, -(model.config.n_positions // 2) :], [{} for _ in model.h]
     if streamer:
         streamer.end()
-    return [row[:end] for row, end in zip(tokens.tolist(), ends.tolist(), strict=True)]
+    return [row[: row.index(end, len(ids))] if end in row[len(ids) :] else row for row in tokens.tolist()]
 
 
 def encode_prompt(model, prompt):
@@ -997,7 +994,8 @@ def save_checkpoint(folder, model, record, sample=None, state=None):
         publish(temporary, folder)
     except Exception as error:  # each library has another exception for a full disk
         shutil.rmtree(temporary, ignore_errors=True)  # which may be what filled it
-        raise OSError(f"{folder} cannot be saved, what was saved before is kept: {error}") from error
+        why = error.__context__ or error
+        raise OSError(f"{folder} cannot be saved, what was saved before is kept: {why}") from error
 
 
 def write_checkpoint(folder, model, record, sample, state):
@@ -1013,7 +1011,8 @@ def write_checkpoint(folder, model, record, sample, state):
     if sample:
         (folder / "sample.txt").write_text(sample + "\n", encoding="utf-8")
     if state:
-        torch.save(state, folder / STATE)
+        with open(folder / STATE, "wb") as file:  # given a path, torch.save does not say what was wrong with it
+            torch.save(state, file)
     else:
         weights = {name: weight.contiguous() for name, weight in gpt2_layout(model).items()}
         save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})

@@ -353,11 +353,11 @@ def write_stories(model, length):
     """What a model writes: of each prompt a greedy and a sampled story, and two shares, taken over 5 sampled ones."""
     generator = torch.Generator(model.device)
 
-    def greedy(x, *_):
-        return model.lm_head(x)[:, model.row].argmax(-1)
+    def greedy(logits, *_):
+        return logits.argmax(-1)
 
-    def sampled(x, *_):
-        probabilities = project.next_probabilities(model.lm_head(x)[:, model.row], TEMPERATURE, 0, 1.0)
+    def sampled(logits, *_):
+        probabilities = project.next_probabilities(logits, TEMPERATURE, 0, 1.0)
         return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
 
     stories, ended, repeated = [], [], []
@@ -365,8 +365,7 @@ def write_stories(model, length):
         ids, texts = project.encode_prompt(model, prompt), []
         for choose, n_samples in ((greedy, 1), (sampled, 5)):
             generator.manual_seed(1)
-            with project.evaluation_mode(model):
-                rows = project.continue_rows(model, [ids] * n_samples, length, choose)
+            rows = project.continue_rows(model, ids, n_samples, length, choose)
             texts += model.tokenizer.batch_decode(rows)
         ended += [len(row) < len(ids) + length for row in rows]
         repeated += [share_repeated(project.encode(model.tokenizer, text)) for text in texts[1:]]

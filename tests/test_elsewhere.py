@@ -68,8 +68,6 @@ def test_ctranslate2_computes_and_writes_the_same(section, finished, model, caps
     torch.testing.assert_close(logits, model(ids).detach(), atol=1e-4, rtol=1e-4)
     story, n_prompt = names["story"].sequences_ids[0], len(project.encode(model.tokenizer, "Once upon a time"))
 
-    def likeliest(x, *_):
-        return model.lm_head(x)[:, model.row].argmax(-1)
-
-    new = project.continue_rows(model, [story[:n_prompt]], 20, likeliest)[0][n_prompt:]
+    greedy = project.continue_rows(model, story[:n_prompt], 1, 20, lambda logits, *_: logits.argmax(-1))
+    new = greedy[0][n_prompt:]
     assert story[n_prompt:][: len(new)] == new[: len(story) - n_prompt]

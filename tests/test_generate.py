@@ -65,8 +65,7 @@ PROMPTS = [PROMPT, "A", '"Hello," said Ben.\n', "Tom and Lily went to the park a
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
 def test_greedy_texts_of_many_prompts_equal_those_of_transformers(penalty, model, checkpoint):
-    """There the shorter prompts are padded on the left; here the longer ones are read on, also where their context is
-    full before the end."""
+    """There the shorter prompts are padded on the left; here one is written after the other."""
     theirs = AutoModelForCausalLM.from_pretrained(checkpoint)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, padding_side="left")
     tokenizer.pad_token = tokenizer.eos_token
@@ -161,14 +160,14 @@ def force_end(monkeypatch, after):
     """Make every text end after so many new tokens, and not before."""
     continue_rows = project.continue_rows
 
-    def ending(model, prompts, max_length, choose, *rest):
+    def ending(model, ids, n_rows, max_length, choose, *rest):
         end, n_calls = model.tokenizer.eos_token_id, itertools.count()
 
         def choose_end(*arguments):
             ids = choose(*arguments)
             return torch.full_like(ids, end) if next(n_calls) == after else ids.where(ids != end, 5)
 
-        return continue_rows(model, prompts, max_length, choose_end, *rest)
+        return continue_rows(model, ids, n_rows, max_length, choose_end, *rest)
 
     monkeypatch.setattr(project, "continue_rows", ending)
 

@@ -188,11 +188,11 @@ def slow_steps():
 def poison_the_fourth_step():
     update, left = project.update, [4]
 
-    def poisoned(model, window, *rest):
+    def poisoned(model, *rest):
         left[0] -= 1
         if not left[0] and project.rank():
-            model.module.ln_f.bias.data[0] = float("nan")
-        return update(model, window, *rest)
+            model.ln_f.bias.data[0] = float("nan")
+        return update(model, *rest)
 
     project.update = poisoned
 
