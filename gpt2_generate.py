@@ -75,11 +75,11 @@ def write_stories(model, prompts, settings):
 
     names = "max_length", "method", "temperature", "top_k", "top_p", "repetition_penalty", "stop"
     options = {name: getattr(settings, name) for name in names}
-    if settings.batch:
-        for text in generate_text(model, prompts, num_samples=settings.num_samples, seed=settings.seed, **options):
-            print(text, end="\n\n", flush=True)
-        return
     for prompt in prompts:
+        if settings.batch:
+            texts = generate_text(model, [prompt], num_samples=settings.num_samples, seed=settings.seed, **options)
+            print(*texts, sep="\n\n", end="\n\n", flush=True)
+            continue
         for seed in range(settings.seed, settings.seed + settings.num_samples):
             generate_text(model, prompt, seed=seed, streamer=TextStreamer(model.tokenizer), **options)
             print(flush=True)

@@ -661,11 +661,12 @@ class GPT(nn.Module):
 
     def fold(self, row):
         """Keep one row of wte and lm_head for all tokens that have the same number in row (V,), a tensor on the CPU:
-        the row of the first of them. Only the last row may be one of several tokens."""
+        the row of the first of them. Only the last row may stand for several tokens. To be called while each token has
+        a row of its own, and before the model goes to its device."""
         _, first = np.unique(row.numpy(), return_index=True)
         n_tokens = row.bincount()
         self.n_shared = int(n_tokens[-1])
-        self.register_buffer("row", row)
+        self.register_buffer("row", row, persistent=False)
         self.register_buffer("log_n", n_tokens.to(self.wte.weight.dtype).log(), persistent=False)
         for layer in (self.wte, self.lm_head):
             layer.weight = nn.Parameter(layer.weight.detach()[first])
@@ -687,10 +688,11 @@ class GPT(nn.Module):
             return logits[..., self.row]
         is_real = targets != IGNORE
         target = self.row[targets * is_real]
-        right = (logits.argmax(-1) == target) & is_real
+        log_n = self.log_n[target]
+        right = (logits.argmax(-1) == target) & is_real & (log_n == 0)  # a row of several tokens is no guess
         # A row of n tokens has n terms in the softmax's denominator, and each of them an n-th of its probability.
         loss = F.cross_entropy((logits + self.log_n).flatten(0, 1), target.flatten(), reduction="none")
-        return ((loss.view_as(target) + self.log_n[target]) * is_real).sum(), right.sum()
+        return ((loss.view_as(target) + log_n) * is_real).sum(), right.sum()
 
     def hidden_states(self, input_ids, cache=None):
         """What the head is applied to, (B, T, C). cache, a list of an empty dict for each layer at first, lets the next
@@ -710,8 +712,9 @@ def rows_of(has_own):
 
 
 def rows_of_stories(parts, vocab_size):
-    """The same for Tokens to train and test on: tokens that are in none of them share a row. As no story has them, they
-    get equal gradients, so if they are equal at first, they stay equal, and one row can stand for all of them."""
+    """The same for Tokens to train and test on: tokens that are in none of them share a row, but for up to 63. As no
+    story has them, they get equal gradients, so if they are equal at first, they stay equal, and one row can stand for
+    all of them."""
     is_there = torch.zeros(vocab_size, dtype=torch.bool)
     for chunk in (chunk for part in parts for chunk in part.ids.chunks):
         is_there[torch.from_numpy(chunk.flatten().to_numpy().astype(np.int64))] = True
@@ -790,6 +793,7 @@ def continue_rows(model, ids, n_rows, max_length, choose, stop=(), streamer=None
     of logits (B, V), the tokens so far (B, T) and the number of new tokens before this one."""
     tokens = inputs = torch.tensor([ids] * n_rows, device=model.device)  # (B, T)
     end, cache = model.tokenizer.eos_token_id, [{} for _ in model.h]
+    n_bytes = max((len(text.encode()) for text in stop), default=0)  # of the longest stop; a token has one at least
     done = torch.zeros(n_rows, dtype=torch.bool, device=model.device)
     if streamer:
         streamer.put(tokens.cpu())
@@ -802,8 +806,8 @@ def continue_rows(model, ids, n_rows, max_length, choose, stop=(), streamer=None
             if streamer and not done[0]:
                 streamer.put(new.cpu())
             if stop:
-                new_texts = model.tokenizer.batch_decode(tokens[:, len(ids) :])
-                done = done | torch.tensor([any(s in text for s in stop) for text in new_texts], device=done.device)
+                ends = model.tokenizer.batch_decode(tokens[:, max(len(ids), tokens.size(1) - n_bytes) :])
+                done = done | torch.tensor([any(s in text for s in stop) for text in ends], device=done.device)
             if done.all():
                 break
             if cache[0]["k"].size(2) == model.config.n_positions:  # full: go on with the newer half
@@ -976,9 +980,9 @@ TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # (in, out) in a
 def gpt2_layout(model):
     """The model's tensors under the names and in the shapes of a GPT-2 file, with a row for each token."""
     layout = {f"transformer.{name}": w.T if name.endswith(TRANSPOSED) else w for name, w in model.state_dict().items()}
-    layout["lm_head.weight"], row = layout.pop("transformer.lm_head.weight"), layout.pop("transformer.row")
+    layout["lm_head.weight"] = layout.pop("transformer.lm_head.weight")
     for name in ("transformer.wte.weight", "lm_head.weight"):
-        layout[name] = layout[name][row]
+        layout[name] = layout[name][model.row]
     if model.config.tie_word_embeddings:
         del layout["lm_head.weight"]
     return layout
@@ -994,7 +998,7 @@ def save_checkpoint(folder, model, record, sample=None, state=None):
         publish(temporary, folder)
     except Exception as error:  # each library has another exception for a full disk
         shutil.rmtree(temporary, ignore_errors=True)  # which may be what filled it
-        why = error.__context__ or error
+        why = error if isinstance(error, OSError) else error.__context__ or error
         raise OSError(f"{folder} cannot be saved, what was saved before is kept: {why}") from error
 
 
@@ -1118,31 +1122,36 @@ def load_checkpoint(folder, device="cpu", fold=True, **changes):
         values["n_inner"] = values.get("n_inner") or 4 * values["n_embd"]
         with torch.device("meta"):  # no memory before the sizes are known to be those of the weights
             model = GPT(GPT2Config(**values), open_tokenizer(str(folder), local_files_only=True))
-        model.fold(weights.setdefault("row", model.row))
         check_weights(model, weights)
     except Exception as error:  # each kind of broken file raises another exception; the message names the cause
-        raise InputError(f"{folder}: cannot be read: {type(error).__name__}: {error}") from error
+        cause = str(error).partition(". ")[0]  # torch goes on to recommend weights_only=False
+        raise InputError(f"{folder}: cannot be read: {type(error).__name__}: {cause}") from error
     model.load_state_dict(weights, assign=True)
     model.tie_weights()
-    if fold and model.n_shared == 1:
+    if fold:
         model.fold(rows_of(~equal_rows(model)))
     return model.to(device).eval()
 
 
 def read_weights(folder, tied):
-    """The tensors of a GPT's state_dict, in fp32, from a GPT-2 file or from the training state of a run. Older files,
-    such as OpenAI's, call them without `transformer.`, and hold the causal mask of each layer besides."""
+    """The tensors of a GPT's state_dict, not folded, in fp32, from a GPT-2 file or from the training state of a run.
+    Older files, such as OpenAI's, call them without `transformer.`, and hold the causal mask of each layer besides."""
     from safetensors.torch import load_file
 
     if (folder / STATE).exists():
-        return torch.load(folder / STATE, map_location="cpu", weights_only=True)["model"]
+        state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
+        rows = {name: state["model"][name][state["row"]] for name in ("wte.weight", "lm_head.weight")}
+        return state["model"] | rows
     if not (folder / WEIGHTS).exists():
         raise ValueError(f"no {WEIGHTS}, the one file that weights are read from")
     weights = {}
     for name, weight in load_file(folder / WEIGHTS).items():
         if not name.endswith((".attn.bias", ".attn.masked_bias")) and not (tied and name == "lm_head.weight"):
+            if not weight.is_floating_point():
+                raise ValueError(f"{name} holds {weight.dtype}")
             weight = weight.T if name.endswith(TRANSPOSED) else weight
-            weights[name.removeprefix("transformer.")] = weight.float() if weight.is_floating_point() else weight
+            weight = weight.to(torch.float32, copy=True, memory_format=torch.contiguous_format)  # not the mapped file
+            weights[name.removeprefix("transformer.")] = weight
     if tied:
         weights["lm_head.weight"] = weights["wte.weight"]
     return weights
@@ -1150,19 +1159,20 @@ def read_weights(folder, tied):
 
 def check_weights(model, weights):
     n_known, vocab_size, expected = len(model.tokenizer), model.config.vocab_size, model.state_dict()
-    if not n_known == vocab_size == len(model.row):
+    if n_known != vocab_size:
         raise ValueError(f"{n_known} tokens in the tokenizer, {vocab_size} in the model")
     if strange := expected.keys() ^ weights.keys():
         raise ValueError(f"missing or unknown tensors, such as {min(strange)}")
     for name, weight in weights.items():
         if weight.shape != expected[name].shape:
             raise ValueError(f"{name} is {tuple(weight.shape)}, by config.json {tuple(expected[name].shape)}")
-        if weight.dtype != expected[name].dtype or not weight.isfinite().all():
+        if not weight.isfinite().all():
             raise ValueError(f"{name} holds numbers that are not finite")
 
 
 def equal_rows(model):
-    """The tokens (a mask, (V,)) whose rows of embedding and head are those of the most frequent pair of rows."""
+    """The tokens, a mask (V,), whose rows of embedding and head equal those of one of them: of one that has the most
+    frequent first number in its row of the head, as the tokens have that training has folded."""
     layers = (model.wte, model.lm_head)
     values = model.lm_head.weight[:, 0]
     first = (values == values.mode().values).nonzero()[0]
@@ -1298,7 +1308,8 @@ def save_last(folder, model, record, progress, optimizers, scaler):
     """Save the point from which an interrupted run continues."""
     if not rank():
         moments = [optimizer.state_dict()["state"] for optimizer in optimizers]
-        state = {"model": model.state_dict(), "progress": progress, "moments": moments, "scaler": scaler.state_dict()}
+        state = {"model": model.state_dict(), "row": model.row, "progress": progress, "moments": moments,
+                 "scaler": scaler.state_dict()}
         try:
             save_checkpoint(folder / "last", model, record | {"step": progress["step"]}, state=state)
         except OSError as error:
@@ -1348,6 +1359,7 @@ def train(model, train_set, test_set, settings, record, precision):
     learner = compile_model(model, next(iter(test_loader)), autocast) if compiling else model
     if world_size() > 1:
         learner = DistributedDataParallel(learner, gradient_as_bucket_view=True)
+        learner.broadcast_buffers = False  # they never change
     n_steps, per_epoch, noted, saved_at = record["steps"], record["steps_per_epoch"], False, time.monotonic()
     for epoch in range(len(record["epochs"]) + 1, math.ceil(n_steps / per_epoch) + 1):
         start, stop = (epoch - 1) * per_epoch, min(epoch * per_epoch, n_steps)
@@ -1542,9 +1554,12 @@ def prepare_run(settings, device):
 
     model = None
     if before:
-        model = load_checkpoint(folder / "last", device, fold=False)
+        try:
+            model = load_checkpoint(folder / "last", fold=False)
+        except InputError as error:
+            raise InputError(f"{error}; --overwrite starts over") from error
     elif settings.init:
-        model = load_checkpoint(find_checkpoint(settings.init), device, fold=False, **dropout_rates(settings),
+        model = load_checkpoint(find_checkpoint(settings.init), fold=False, **dropout_rates(settings),
                                 dtype="float32", architectures=["GPT2LMHeadModel"])
         n_positions = model.config.n_positions
         require(settings.n_positions <= n_positions, "n_positions", settings.n_positions,
@@ -1555,10 +1570,10 @@ def prepare_run(settings, device):
         refuse_changes(folder, before["data"], data)
         print(f"continuing the interrupted run from its last save, after step {before['step']:,}")
     torch.manual_seed(settings.seed)
-    if not model:
-        model = GPT(model_config(settings, tokenizer), tokenizer)
+    model = model or GPT(model_config(settings, tokenizer), tokenizer)
+    if not settings.init:
         model.fold(rows_of_stories((train_set, test_set), model.config.vocab_size))
-        model.to(device)
+    model.to(device)
     model.wpe.weight.requires_grad_(bool(settings.init))
     encode_prompt(model, settings.prompt)  # better refused now than after an epoch
     if settings.overwrite and not rank():

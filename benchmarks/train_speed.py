@@ -28,6 +28,7 @@ import statistics
 import sys
 import tempfile
 import time
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -77,6 +78,7 @@ class Stopwatch:
         self.work.append((n_tokens, whole, 6 * math.prod(shape) * (layers + config.n_embd * n_rows) + muon))
 
 
+@cache
 def muon_flops(model):
     """Those of Muon's products in a step."""
     matrices = [weight for weight in model.h.parameters() if weight.dim() == 2]

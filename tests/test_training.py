@@ -408,18 +408,27 @@ def test_a_state_of_other_optimizers_is_refused(number, name, finished, tmp_path
         project.restore_last(tmp_path, optimizers, torch.amp.GradScaler("cpu", enabled=False))
 
 
-@pytest.mark.parametrize("spoiled", ["cut", "pickle", "missing"])
-def test_a_broken_training_state_is_refused_in_one_line(spoiled, workspace, refused, monkeypatch):
+@pytest.mark.parametrize("listed", [True, False], ids=["with SHA256SUMS", "without"])
+@pytest.mark.parametrize("spoiled", ["cut", "pickle", "missing", "older"])
+def test_a_broken_training_state_is_refused_in_one_line(spoiled, listed, workspace, refused, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(project, "evaluate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             train()
     state = workspace / "checkpoints" / "last" / "training_state.pt"
     content = {"cut": state.read_bytes()[:1000], "pickle": b"cos\nsystem\n(S'touch owned'\ntR."}.get(spoiled)
+    older = {"progress": {}, "moments": [], "scaler": {}}
     state.unlink()
     if content:
         state.write_bytes(content)
-    assert "training_state.pt" in refused(project.main, TINY)
+    if spoiled == "older":
+        torch.save(older, state)
+    if not listed:
+        (state.parent / project.SUMS).unlink()
+    line = refused(project.main, TINY)
+    assert "checkpoints/last" in line and "--overwrite" in line or listed
+    assert "training_state.pt" in line or not listed
+    assert "weights_only" not in line
     assert not (workspace / "owned").exists()
 
 
