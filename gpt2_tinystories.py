@@ -896,8 +896,8 @@ def schedule(step, n_steps, warmup_steps):
 
 class Muon(torch.optim.Optimizer):
     """Momentum made orthogonal, so that a matrix learns as fast in all directions (Jordan et al., "Muon: An optimizer
-    for hidden layers in neural networks", 2024). As torch.optim.Muon, but for its products' format: there it is
-    always bf16, very slow on a CPU that has no instructions for it."""
+    for hidden layers in neural networks", 2024). As torch.optim.Muon, but for its products' format, which there is
+    always bf16, very slow on a CPU that has no instructions for it, and for its five iterations, here four."""
 
     def __init__(self, groups, dtype):
         super().__init__(groups, {})
@@ -919,15 +919,22 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_add_(weights, updates.unbind(), alpha=-group["lr"] * math.sqrt(max(1, n_out / n_in)))
 
 
+# Each (a, b, c) is the polynomial a s + b s^3 + c s^5 that brings the values s which the one before it leaves of [0.001,
+# 1] closest to 1 (Amsel et al., "The Polar Express", 2025); all are stretched by 2 %, as beyond 1 they soon grow without
+# bounds, and rounding can get there. The last one is taken 0.85 times: with that, the models learn a little better.
+POLAR_EXPRESS = ((8.3042, -23.6599, 16.8731), (4.1026, -2.9311, 0.5262), (3.8958, -2.7935, 0.5115),
+                 (2.7758, -2.0060, 0.3958))
+
+
 def orthogonalize(x, dtype):
-    """Matrices (L, M, N) with the singular vectors of x and singular values near 1, by five Newton-Schulz iterations.
-    The coefficients, of Jordan et al., bring small values up fast, and all of them to between 0.7 and 1.2 only."""
+    """Matrices (L, M, N) with the singular vectors of x, and singular values s that are made of its own, divided by
+    their norm: between 0.36 and 1.33 where these are above 0.001, and less than 400 times as large where not."""
     if x.size(1) > x.size(2):
         return orthogonalize(x.mT, dtype).mT
     x = (x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=1e-30)).to(dtype)
-    for _ in range(5):
+    for a, b, c in POLAR_EXPRESS:
         gram = torch.bmm(x, x.mT)
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
 
 
