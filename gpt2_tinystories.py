@@ -919,9 +919,9 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_add_(weights, updates.unbind(), alpha=-group["lr"] * math.sqrt(max(1, n_out / n_in)))
 
 
-# Each (a, b, c) is the polynomial a s + b s^3 + c s^5 that brings the values s which the one before it leaves of [0.001,
-# 1] closest to 1 (Amsel et al., "The Polar Express", 2025); all are stretched by 2 %, as beyond 1 they soon grow without
-# bounds, and rounding can get there. The last one is taken 0.85 times: with that, the models learn a little better.
+# Each (a, b, c) is the polynomial a s + b s^3 + c s^5 that brings the values s, which the one before it leaves of
+# [0.001, 1], closest to 1 (Amsel et al., "The Polar Express", 2025). All are stretched by 2 %: beyond 1 they soon grow
+# without bounds, and rounding can get there. The last is taken 0.85 times: with that, the models learn a little better.
 POLAR_EXPRESS = ((8.3042, -23.6599, 16.8731), (4.1026, -2.9311, 0.5262), (3.8958, -2.7935, 0.5115),
                  (2.7758, -2.0060, 0.3958))
 
