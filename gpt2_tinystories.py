@@ -33,7 +33,7 @@ from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from functools import cache
-from hashlib import blake2b, sha256
+from hashlib import blake2b, file_digest
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,7 +56,8 @@ IGNORE = -100  # the target of padding
 SUMS, WEIGHTS, STATE = "SHA256SUMS", "model.safetensors", "training_state.pt"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# --- Configuration: a field is a flag, a row of the README's table and an entry of a checkpoint's training.json ------
+
+# --- Settings: a field is a flag, a row of the README's table and an entry of a checkpoint's training.json -----------
 
 
 class InputError(ValueError):
@@ -129,214 +130,7 @@ class Settings:
         require(not inside, "init", self.init, "lies in --checkpoints, which is for the new run: give another folder")
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise InputError(f"{message} (--help lists the flags)")
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the defaults, and the description as it is written."""
-
-
-def parse(settings_class, description, argv=None):
-    """Read the command line into a settings class; a field whose default is a tuple is a flag that can be repeated."""
-    parser = Parser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
-    for f in fields(settings_class):
-        kind, choices = type(f.default), f.metadata["choices"]
-        if kind is bool:
-            reading = {"action": "store_true"}
-        elif kind is tuple:
-            reading = {"action": "append", "metavar": "TEXT", "default": argparse.SUPPRESS}
-        else:
-            metavar = None if choices else {str: "TEXT", int: "N", float: "X"}[kind]
-            reading = {"type": kind, "default": f.default, "choices": choices, "metavar": metavar}
-        parser.add_argument("--" + f.name.replace("_", "-"), help=f.metadata["help"], **reading)
-    return settings_class(**vars(parser.parse_args(argv)))
-
-
-def run(main, interrupted=""):
-    """Call main(); what a user can mend is shown as one line, without a traceback, and sets the exit code. SIGTERM
-    and a lost terminal end the program like Ctrl-C, and a character that the terminal cannot show does not end it."""
-    handle_signals(raise_interrupt)
-    for stream in (sys.stdin, sys.stdout):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
-    try:
-        result = main()
-        if world_size() > 1:  # a thread of gloo that is late aborts a Python that ends
-            sys.stdout.flush()
-            os._exit(0)
-        return result
-    except InputError as error:
-        message, code = str(error), 2
-    except UnicodeError as error:  # bytes in a file or in the command line that are no text
-        message, code = f"not a text in UTF-8: {error}", 2
-    except (MemoryError, RuntimeError) as error:  # on a CPU and with MPS, running out of memory is a RuntimeError
-        if world_size() > 1 and re.search("gloo|NCCL", str(error)):
-            handle_signals(signal.SIG_DFL)
-            time.sleep(10)  # the process that failed has said why, and torchrun now ends this one
-            message, code = f"no connection to the other processes: {error}", 1
-        elif isinstance(error, MemoryError) or re.search("out of memory|allocate memory|enough memory", str(error)):
-            message = ("out of memory; in training, halve --batch-size and double --accum-steps: the same updates; in "
-                       "writing, fewer stories at once")
-            code = 2
-        else:
-            raise
-    except BrokenPipeError:  # the reader of the output, such as head, has gone: nobody is there to be told
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except OSError as error:  # a full disk, a folder that cannot be written
-        message, code = str(error), 1
-    except KeyboardInterrupt as error:
-        number, state = error.args or (signal.SIGINT, "interrupted")
-        message, code = f"{state}{interrupted}", 128 + number
-        if rank() or (world_size() > 1 and (number, state) == (signal.SIGTERM, "interrupted")):
-            sys.exit(code)  # torchrun ends its processes like this when one has failed, and that one has said why
-    if dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0":  # else all processes say the same
-        print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(code)
-
-
-def raise_interrupt(number, _frame):
-    raise KeyboardInterrupt(number, "interrupted")
-
-
-def handle_signals(handler):
-    """Give Ctrl-C, SIGTERM and SIGHUP this handler, unless ignored, as under nohup. Returns the ones before it."""
-    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    heeded = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
-    return {number: signal.signal(number, handler) for number in heeded}
-
-
-@contextmanager
-def signals_noted():
-    """Inside, the signals are noted in the list that this yields, no more; a second one ends the process. A step that
-    fails after one has lost a process that was ended at once."""
-    noted = []
-
-    def note(number, _frame):
-        noted.append(number)
-        handle_signals(signal.SIG_DFL)
-        try:
-            os.write(2, b"" if rank() else b"\nstopping after this step, to save it; once more: at once\n")
-        except OSError:  # the terminal, or the program that reads this, has gone: nothing may fail for that now
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-
-    before = handle_signals(note)
-    try:
-        yield noted
-    except RuntimeError:
-        if noted and world_size() > 1:
-            raise KeyboardInterrupt(noted[0], "interrupted") from None
-        raise
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def locked(*folders):
-    """Keep other runs out of folders. The system ends a lock with its process, however that ends."""
-    from filelock import FileLock, Timeout
-
-    with ExitStack() as locks:
-        for folder in sorted({Path(folder).resolve() for folder in folders}):
-            if folder.exists() and not folder.is_dir():
-                raise InputError(f"{folder} is a file, and --checkpoints and --plots are folders")
-            folder.mkdir(parents=True, exist_ok=True)
-            try:
-                locks.enter_context(FileLock(folder / ".lock", blocking=False))
-            except Timeout:
-                raise InputError(f"{folder}: another run is writing there; give this one other --checkpoints and "
-                                 "--plots") from None
-        yield
-
-
-# --- Processes: one, or those that torchrun starts, each with a device of its own ------------------------------------
-
-
-def rank():
-    """The number of this process, from 0. Process 0 alone prints and writes."""
-    return int(os.environ.get("RANK", 0))
-
-
-def world_size():
-    """The number of processes."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-@contextmanager
-def process_group(device):
-    """Inside, the processes of torchrun can exchange tensors, and those but the first print nothing."""
-    if world_size() == 1:
-        yield
-        return
-    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-    try:
-        dist.init_process_group(backend, timeout=timedelta(hours=6))  # the first process may have much to download
-    except ValueError as error:
-        raise InputError(f"WORLD_SIZE is {world_size()}, but this is not started by torchrun: {error}") from error
-    with redirect_stdout(open(os.devnull, "w") if rank() else sys.stdout):
-        yield
-    largest(0)  # a process that ended before process 0 has saved its last epoch would end that, too
-    dist.destroy_process_group()
-
-
-def largest(*values):
-    """Of each value the largest in any process, so that all of them decide alike."""
-    if world_size() == 1:
-        return values
-    values = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(values, dist.ReduceOp.MAX)
-    return values.tolist()
-
-
-def total(tensor):
-    """The sum of a tensor over all processes, in its place."""
-    if world_size() > 1:
-        dist.all_reduce(tensor)
-    return tensor
-
-
-def share(batches):
-    """The batches of this process. Each process has as many: some get an empty one at the end."""
-    missing = -len(batches) % world_size()
-    return (batches + [batches[0][:0]] * missing)[rank() :: world_size()]
-
-
-@contextmanager
-def first_process_first():
-    """Process 0 goes through the block alone; then the others do, and find what it has made there."""
-    if rank():
-        largest(0)
-    yield
-    if not rank():
-        largest(0)
-
-
 # --- Data: stories, tokenizer, token ids, batches of similar length --------------------------------------------------
-
-
-@cache
-def hub_answers():
-    """Whether the Hugging Face Hub can be reached: found out once, within 10 s, without retries and warnings."""
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        return False
-    answers = []
-
-    def ask():
-        url = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-        try:
-            answers.append(urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=8))
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            # A 404 is an answer, too, and so is a certificate that Python has no means to check.
-            if isinstance(error, urllib.error.HTTPError) or isinstance(getattr(error, "reason", None), ssl.SSLError):
-                answers.append(error)
-
-    thread = threading.Thread(target=ask, daemon=True)  # the look-up of the host's name has no time limit of its own
-    thread.start()
-    thread.join(10)
-    return bool(answers)
 
 
 def load_stories(data, cache_dir):
@@ -368,14 +162,6 @@ def load_stories(data, cache_dir):
     is_text = kinds.get("text") in ("string", "large_string")
     require(is_text, "data", data, f"needs a column `text` of strings, has {kinds}")
     return stories, path.name if path.exists() else data
-
-
-def built_in_stories():
-    from datasets import Dataset
-
-    from sample_stories import sample_stories
-
-    return Dataset.from_dict({"text": list(sample_stories(N_BUILT_IN))})
 
 
 def read_stories(path, cache_dir):
@@ -413,6 +199,14 @@ def load_default_stories(cache_dir):
     return load_stories(LOCAL_STORIES, cache_dir)
 
 
+def built_in_stories():
+    from datasets import Dataset
+
+    from sample_stories import sample_stories
+
+    return Dataset.from_dict({"text": list(sample_stories(N_BUILT_IN))})
+
+
 def read_text_file(path, size, changed):
     """Yield the stories of a text file, separated by <|endoftext|>. size and changed tell the cache its version."""
     rest = ""
@@ -422,11 +216,6 @@ def read_text_file(path, size, changed):
             yield from ({"text": story} for story in stories)
     if rest.strip():
         yield {"text": rest}
-
-
-def digest(content):
-    content = content.encode() if isinstance(content, str) else content
-    return blake2b(content, digest_size=8).hexdigest()
 
 
 def split_stories(stories, settings):
@@ -448,6 +237,11 @@ def split_stories(stories, settings):
               "duplicates": n_chosen - n_empty - len(kept),
               "fingerprint": digest(digests[np.concatenate((train, test))].tobytes())}
     return chosen.select(train), chosen.select(test), counts
+
+
+def digest(content):
+    content = content.encode() if isinstance(content, str) else content
+    return blake2b(content, digest_size=8).hexdigest()
 
 
 def load_tokenizer(name, stories):
@@ -705,6 +499,13 @@ class GPT(nn.Module):
         return self.ln_f(x)
 
 
+def sinusoid(n_positions, n_embd):
+    """(n_positions, n_embd): sines in even columns, cosines in odd ones; "Attention Is All You Need", section 3.5."""
+    frequencies = torch.exp(torch.arange(0, n_embd, 2) * (-math.log(10_000) / n_embd))
+    angles = torch.arange(n_positions)[:, None] * frequencies
+    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)
+
+
 def rows_of(has_own):
     """The row of each token (V,) for GPT.fold: one of its own for each token of the mask has_own (V,), and the last one
     for all others."""
@@ -721,13 +522,6 @@ def rows_of_stories(parts, vocab_size):
     n_more = -(int(is_there.sum()) + 1) % 64  # in multiples of 64 rows the matrix products are faster
     is_there[(~is_there).nonzero()[:n_more]] = True
     return rows_of(is_there)
-
-
-def sinusoid(n_positions, n_embd):
-    """(n_positions, n_embd): sines in even columns, cosines in odd ones; "Attention Is All You Need", section 3.5."""
-    frequencies = torch.exp(torch.arange(0, n_embd, 2) * (-math.log(10_000) / n_embd))
-    angles = torch.arange(n_positions)[:, None] * frequencies
-    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)
 
 
 @contextmanager
@@ -834,17 +628,6 @@ def penalize(logits, tokens, penalty):
     return logits.scatter(1, tokens, torch.where(seen < 0, seen * penalty, seen / penalty))
 
 
-def uniform_numbers(n, seed):
-    """n random numbers from [0, 1), made on the CPU: a seed gives the same ones for every device."""
-    return torch.rand(n, generator=None if seed is None else torch.Generator().manual_seed(seed))
-
-
-def pick(probabilities, numbers):
-    """Ids (B,) drawn from probabilities (B, V) with uniform numbers (B, 1): the first ones whose sum exceeds these."""
-    sums = probabilities.float().cumsum(-1)
-    return torch.searchsorted(sums, numbers * sums[:, -1:], right=True)[:, 0]
-
-
 def next_probabilities(logits, temperature, top_k, top_p):
     """Probabilities (B, V) from logits (B, V): temperature, then the top_k likeliest, then the nucleus of top_p
     (Holtzman et al., "The Curious Case of Neural Text Degeneration"), in the order of transformers."""
@@ -860,32 +643,34 @@ def next_probabilities(logits, temperature, top_k, top_p):
     return torch.zeros_like(ranked).scatter(-1, order, ranked / ranked.sum(-1, keepdim=True))
 
 
-# --- Optimizer and schedule ------------------------------------------------------------------------------------------
+def pick(probabilities, numbers):
+    """Ids (B,) drawn from probabilities (B, V) with uniform numbers (B, 1): the first ones whose sum exceeds these."""
+    sums = probabilities.float().cumsum(-1)
+    return torch.searchsorted(sums, numbers * sums[:, -1:], right=True)[:, 0]
 
 
-def pick_device(name):
-    """cuda, mps or cpu; of several GPUs each process of torchrun takes its own."""
-    n_gpus, n_processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    there = {"cuda": n_gpus > 0, "mps": torch.backends.mps.is_available() and n_processes == 1, "cpu": True}
-    if name == "auto":
-        name = next(device for device in there if there[device])
-    why = "is for one process" if name == "mps" and n_processes > 1 else "PyTorch finds none on this machine"
-    require(there[name], "device", name, f"{why}; use auto or cpu")
-    if name == "cuda":
-        require(n_processes <= n_gpus, "device", name, f"{n_processes} processes on this machine, and {n_gpus} GPUs")
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    return name
+def uniform_numbers(n, seed):
+    """n random numbers from [0, 1), made on the CPU: a seed gives the same ones for every device."""
+    return torch.rand(n, generator=None if seed is None else torch.Generator().manual_seed(seed))
 
 
-def pick_precision(name, device):
-    """auto: bf16 where the hardware multiplies it fast, fp16 on a CUDA GPU that has no bf16, fp32 elsewhere."""
-    require(name != "fp16" or device == "cuda", "precision", name, f"works on a CUDA GPU, not on {device}")
-    if name != "auto":
-        return name
-    if device == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    has = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return "bf16" if device == "cpu" and (has.get("avx512_bf16") or has.get("amx_bf16")) else "fp32"
+# --- Optimizers ------------------------------------------------------------------------------------------------------
+
+
+def make_optimizers(model, settings, dtype):
+    """AdamW, with ten times the rate for embedding and head, and Muon for the matrices of the layers, with products in
+    dtype. With --init AdamW alone, at one rate: weights that it has made go on best with it, and with small steps."""
+    matrices_of_blocks = ([weight for weight in block.parameters() if weight.dim() == 2] for block in model.h)
+    vectors = [weight for weight in model.parameters() if weight.dim() == 1]
+    rate, decay, options = settings.learning_rate, settings.weight_decay, {"betas": (0.9, 0.99), "fused": True}
+    vectors = {"params": vectors, "lr": rate, "weight_decay": 0.0}
+    if settings.init:
+        matrices = [weight for weight in model.parameters() if weight.dim() == 2]
+        return [torch.optim.AdamW([{"params": matrices, "lr": rate, "weight_decay": decay}, vectors], **options)]
+    outer = {"params": [model.wte.weight, model.lm_head.weight], "lr": 10 * rate, "weight_decay": decay}
+    return [torch.optim.AdamW([outer, vectors], **options),
+            Muon([{"params": list(same), "lr": settings.muon_learning_rate, "weight_decay": decay}
+                  for same in zip(*matrices_of_blocks, strict=True)], dtype)]
 
 
 def schedule(step, n_steps, warmup_steps):
@@ -938,23 +723,171 @@ def orthogonalize(x, dtype):
     return x
 
 
-def make_optimizers(model, settings, dtype):
-    """AdamW, with ten times the rate for embedding and head, and Muon for the matrices of the layers, with products in
-    dtype. With --init AdamW alone, at one rate: weights that it has made go on best with it, and with small steps."""
-    matrices_of_blocks = ([weight for weight in block.parameters() if weight.dim() == 2] for block in model.h)
-    vectors = [weight for weight in model.parameters() if weight.dim() == 1]
-    rate, decay, options = settings.learning_rate, settings.weight_decay, {"betas": (0.9, 0.99), "fused": True}
-    vectors = {"params": vectors, "lr": rate, "weight_decay": 0.0}
-    if settings.init:
-        matrices = [weight for weight in model.parameters() if weight.dim() == 2]
-        return [torch.optim.AdamW([{"params": matrices, "lr": rate, "weight_decay": decay}, vectors], **options)]
-    outer = {"params": [model.wte.weight, model.lm_head.weight], "lr": 10 * rate, "weight_decay": decay}
-    return [torch.optim.AdamW([outer, vectors], **options),
-            Muon([{"params": list(same), "lr": settings.muon_learning_rate, "weight_decay": decay}
-                  for same in zip(*matrices_of_blocks, strict=True)], dtype)]
+# --- Training --------------------------------------------------------------------------------------------------------
 
 
-# --- Evaluation ------------------------------------------------------------------------------------------------------
+def train(model, train_set, test_set, settings, record, precision):
+    """Train to the last step, from where checkpoints/last stands; after every epoch save, evaluate, sample and plot."""
+    device, folder, seed = model.device.type, Path(settings.checkpoints), settings.seed
+    batches_a_step = settings.accum_steps * world_size()
+    test_loader = make_loader(test_set.ids, share(epoch_batches(test_set.lengths, settings.batch_size, seed, 0)))
+    model.train()
+    prepare_backend(device, precision)
+    autocast = torch.autocast(device, DTYPES[precision], enabled=precision != "fp32")
+    scaler = torch.amp.GradScaler(device, enabled=precision == "fp16")
+    optimizers = make_optimizers(model, settings, DTYPES[precision])
+    progress = restore_last(folder, optimizers, scaler)
+    groups = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
+    compiling = settings.compile == "on" or (settings.compile == "auto" and device == "cuda")
+    learner = compile_model(model, next(iter(test_loader)), autocast) if compiling else model
+    if world_size() > 1:
+        learner = DistributedDataParallel(learner, gradient_as_bucket_view=True)
+        learner.broadcast_buffers = False  # they never change
+    n_steps, per_epoch, noted, saved_at = record["steps"], record["steps_per_epoch"], False, time.monotonic()
+    for epoch in range(len(record["epochs"]) + 1, math.ceil(n_steps / per_epoch) + 1):
+        start, stop = (epoch - 1) * per_epoch, min(epoch * per_epoch, n_steps)
+        if progress["step"] == start:
+            progress.update(loss=0.0, right=0, tokens=0, seconds=0.0)
+        batches = epoch_batches(train_set.lengths, settings.batch_size, seed, epoch)
+        batches = batches[(progress["step"] - start) * batches_a_step : (stop - start) * batches_a_step]
+        token_counts = iter(count_tokens(train_set.lengths, batches, batches_a_step))
+        loader = iter(make_loader(train_set.ids, share(batches), pin_memory=device == "cuda") if batches else ())
+        pending, stopping, drained_at = [], 0, time.monotonic()
+        bar = progress_bar(f"epoch {epoch}/{settings.epochs}", progress["step"] - start, stop - start)
+        with signals_noted() as signals:
+            while window := list(islice(loader, settings.accum_steps)):
+                # Dropout depends on the step and the process alone.
+                torch.manual_seed((seed * 1_000_003 + progress["step"]) * world_size() + rank())
+                for group, peak in groups:
+                    group["lr"] = peak * schedule(progress["step"], n_steps, settings.warmup_steps)
+                n_tokens = next(token_counts)
+                sums = update(model, learner, window, n_tokens, optimizers, settings.grad_clip, autocast,
+                              scaler)
+                pending.append((*sums, n_tokens))
+                progress["step"] += 1
+                bar.update()
+                save_now = time.monotonic() - saved_at > 60 * settings.save_every
+                stopping, save_now = largest(max(signals, default=0), save_now)
+                at_point = progress["step"] % record["steps_per_point"] == 0
+                if at_point or progress["step"] == stop or save_now or stopping:
+                    loss = drain(pending, progress, record, scaler)
+                    progress["seconds"] += time.monotonic() - drained_at
+                    drained_at = time.monotonic()
+                    whole = show_progress(bar, loss, progress, n_steps)
+                    noted = noted or (bar.n - bar.initial >= 5 and note_if_long(whole, settings))
+                if stopping:
+                    break
+                if save_now:
+                    save_last(folder, model, record, progress, optimizers, scaler)
+                    saved_at = time.monotonic()
+            save_last(folder, model, record, progress, optimizers, scaler)
+            saved_at = time.monotonic()
+            bar.close()
+            (stopping,) = largest(max(signals, default=stopping))
+        if stopping:
+            raise KeyboardInterrupt(int(stopping), f"saved after step {progress['step']:,} of {n_steps:,}")
+        test_loss, test_accuracy = evaluate(model, test_loader)  # in fp32, on CUDA with TF32
+        finish_epoch(model, epoch, test_loss, test_accuracy, settings, record, progress)
+
+
+def count_tokens(lengths, batches, batches_a_step):
+    """The number of real tokens of each step, in all processes."""
+    windows = (batches[i : i + batches_a_step] for i in range(0, len(batches), batches_a_step))
+    return [int(lengths[np.concatenate(window)].sum()) for window in windows]
+
+
+def update(model, learner, window, n_tokens, optimizers, grad_clip, autocast, scaler):
+    """Update the weights of model from a window of batches; learner is what backward takes. Returns (summed loss, right
+    guesses, whether it or its gradient is not finite), all on the device: nobody waits to see them."""
+    loss, right = backward(learner, window, n_tokens, autocast, scaler)
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
+    # The head's last row has the sum of the gradients of n tokens, whose rows are equal, and so are their gradients:
+    # divided by sqrt(n), it has the norm of all n together, and divided by n, it is the gradient of one of them.
+    shared = model.lm_head.weight.grad[-1]
+    shared /= math.sqrt(model.n_shared)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    shared /= math.sqrt(model.n_shared)
+    if not scaler.is_enabled() or norm.isfinite():  # a gradient that overflows in fp16 is skipped, the scale reduced
+        for optimizer in optimizers:
+            optimizer.step()
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    scaler.update()
+    return loss, right, ~torch.isfinite(loss if scaler.is_enabled() else norm)
+
+
+def backward(learner, window, n_tokens, autocast=None, scaler=None):
+    """Add up the gradients of a window, a list of batches: those of the mean loss over its n_tokens real tokens, in all
+    processes, so that batches of any size and number make the same update. Returns (summed loss, right guesses) of this
+    process. learner: a GPT, or torch.compile or DistributedDataParallel around it."""
+    loss_sum = right_sum = 0
+    for i, batch in enumerate(window):
+        input_ids, targets = (tensor.to(learner.device, non_blocking=True) for tensor in batch)
+        alone = isinstance(learner, DistributedDataParallel) and i < len(window) - 1
+        with learner.no_sync() if alone else nullcontext():  # the processes exchange gradients with the last batch
+            with autocast or nullcontext():
+                loss, right = learner(input_ids, targets)
+            mean = loss * (world_size() / n_tokens)  # DistributedDataParallel then takes the mean over the processes
+            (scaler.scale(mean) if scaler else mean).backward()
+        loss_sum, right_sum = loss_sum + loss.detach(), right_sum + right
+    return loss_sum, right_sum
+
+
+def compile_model(model, batch, autocast):
+    """torch.compile(model), or model itself where the compiler fails on the batch: said once, and the run goes on."""
+    compiled = torch.compile(model, dynamic=True)
+    try:
+        backward(compiled, [batch], 1, autocast)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # compilers fail in many ways, and none of them has to stop the training
+        print(f"compile    off: {type(error).__name__}: {str(error).strip().splitlines()[0][:100]}")
+        compiled = model
+    model.zero_grad()
+    return compiled
+
+
+def drain(pending, progress, record, scaler):
+    """Add the latest steps, (loss, right, bad, tokens) each, to progress and curve, one by one: it does not matter how
+    many come at once. Only here the steps wait for the device. Returns the loss a token of the last step."""
+    sums = total(torch.stack([torch.stack([value.float() for value in step[:3]]) for step in pending])).tolist()
+    always_too_large = scaler.is_enabled() and scaler.get_scale() < 1  # the gradient, for fp16
+    first = progress["step"] - len(pending) + 1
+    for step, ((loss, right, bad), (*_, n_tokens)) in enumerate(zip(sums, pending, strict=True), first):
+        if bad or always_too_large:
+            if rank():
+                sys.exit(2)  # process 0 says the same
+            raise InputError(f"step {step}: the loss or its gradient is not finite, the run stops; "
+                             f"{last_save(record)}. Try smaller learning rates, or --precision fp32")
+        for name, value in (("loss", loss), ("right", right), ("tokens", n_tokens)):
+            progress[name] += value
+        progress["point"] = [progress["point"][0] + loss, progress["point"][1] + n_tokens]
+        if step % record["steps_per_point"] == 0 or step == record["steps"]:
+            record["curve"].append([step, progress["point"][0] / progress["point"][1]])
+            progress["point"] = [0.0, 0]
+    pending.clear()
+    return loss / n_tokens
+
+
+def finish_epoch(model, epoch, test_loss, test_accuracy, settings, record, progress):
+    """Add the epoch to the record, write its checkpoint with a sample, and the plots."""
+    n_tokens, seconds = progress["tokens"], progress["seconds"]
+    figures = {"epoch": epoch, "step": progress["step"], "train_loss": progress["loss"] / n_tokens,
+               "train_accuracy": progress["right"] / n_tokens, "test_loss": test_loss,
+               "test_perplexity": float(np.exp(test_loss)), "test_accuracy": test_accuracy,
+               "tokens": n_tokens, "seconds": seconds}
+    record["epochs"].append(figures)
+    if rank():
+        return
+    print("epoch {epoch}/{0}  train loss {train_loss:.3f}, accuracy {train_accuracy:.1%}  test loss {test_loss:.3f}, "
+          "accuracy {test_accuracy:.1%}, perplexity {test_perplexity:.2f}  {seconds:,.0f} s"
+          .format(settings.epochs, **figures))
+    folder = Path(settings.checkpoints) / f"epoch_{epoch}"
+    sample = generate_text(model, settings.prompt, max_length=200)
+    write_plots(Path(settings.plots), record)
+    save_checkpoint(folder, model, record, sample)  # the last of all: that it is there says that the epoch is done
+    print(f"saved {folder}, which begins a story like this:\n\n{sample}\n", flush=True)
 
 
 @torch.no_grad()
@@ -976,7 +909,8 @@ def compute_perplexity(model, test_loader):
     return float(np.exp(evaluate(model, test_loader)[0]))
 
 
-# --- Checkpoints: Hugging Face GPT-2 folders -------------------------------------------------------------------------
+# --- Checkpoints: Hugging Face GPT-2 folders, and the point from which an interrupted run continues ------------------
+
 
 # What a config.json may say of how a GPT-2 computes, and what it is to say here.
 GPT2_MATH = {"model_type": "gpt2", "activation_function": "gelu_new", "scale_attn_weights": True,
@@ -1036,11 +970,8 @@ def checksums(folder):
     lines = []
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.name != SUMS:
-            digest = sha256()
             with open(path, "rb") as file:
-                while part := file.read(1 << 20):
-                    digest.update(part)
-            lines.append(f"{digest.hexdigest()}  {path.name}")
+                lines.append(f"{file_digest(file, 'sha256').hexdigest()}  {path.name}")
     return lines
 
 
@@ -1074,6 +1005,50 @@ def flush(path):
         descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
         os.fsync(descriptor)
         os.close(descriptor)
+
+
+def save_last(folder, model, record, progress, optimizers, scaler):
+    """Save the point from which an interrupted run continues."""
+    if not rank():
+        moments = [optimizer.state_dict()["state"] for optimizer in optimizers]
+        state = {"model": model.state_dict(), "row": model.row, "progress": progress, "moments": moments,
+                 "scaler": scaler.state_dict()}
+        try:
+            save_checkpoint(folder / "last", model, record | {"step": progress["step"]}, state=state)
+        except OSError as error:
+            raise OSError(f"{error}; {last_save(record)}") from error
+    record["step"] = progress["step"]
+
+
+def last_save(record):
+    step = record["step"]
+    return f"{record['settings']['checkpoints']}/last is good, of step {step}" if step else "nothing was saved before"
+
+
+def restore_last(folder, optimizers, scaler):
+    """Load what save_last saved, but for the weights; returns the progress, at step 0 where nothing was saved."""
+    path = folder / "last" / STATE
+    progress = {"step": 0, "point": [0.0, 0], "loss": 0.0, "right": 0, "tokens": 0, "seconds": 0.0}
+    if path.parent.exists():
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            progress = {name: type(first)(state["progress"][name]) for name, first in progress.items()}
+            for optimizer, moments in zip(optimizers, state["moments"], strict=True):
+                groups = optimizer.state_dict()["param_groups"]
+                optimizer.load_state_dict({"state": moments, "param_groups": groups})
+                names = {"momentum"} if isinstance(optimizer, Muon) else {"step", "exp_avg", "exp_avg_sq"}
+                for weight, values in optimizer.state.items():
+                    shapes = {values[name].shape for name in names - {"step"}}
+                    if values.keys() != names or shapes != {weight.shape}:
+                        raise ValueError("the optimizer's state is of other weights")
+            if state["scaler"]:
+                scaler.load_state_dict(state["scaler"])
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # each kind of broken file raises another exception; the message names the cause
+            cause = str(error).partition(". ")[0]  # torch goes on to recommend weights_only=False
+            raise InputError(f"{path}: cannot be read, --overwrite starts over: {cause}") from error
+    return progress
 
 
 def find_checkpoint(name):
@@ -1229,297 +1204,7 @@ def draw_metrics(record):
     return figure
 
 
-# --- Training --------------------------------------------------------------------------------------------------------
-
-
-def backward(learner, window, n_tokens, autocast=None, scaler=None):
-    """Add up the gradients of a window, a list of batches: those of the mean loss over its n_tokens real tokens, in all
-    processes, so that batches of any size and number make the same update. Returns (summed loss, right guesses) of this
-    process. learner: a GPT, or torch.compile or DistributedDataParallel around it."""
-    loss_sum = right_sum = 0
-    for i, batch in enumerate(window):
-        input_ids, targets = (tensor.to(learner.device, non_blocking=True) for tensor in batch)
-        alone = isinstance(learner, DistributedDataParallel) and i < len(window) - 1
-        with learner.no_sync() if alone else nullcontext():  # the processes exchange gradients with the last batch
-            with autocast or nullcontext():
-                loss, right = learner(input_ids, targets)
-            mean = loss * (world_size() / n_tokens)  # DistributedDataParallel then takes the mean over the processes
-            (scaler.scale(mean) if scaler else mean).backward()
-        loss_sum, right_sum = loss_sum + loss.detach(), right_sum + right
-    return loss_sum, right_sum
-
-
-def update(model, learner, window, n_tokens, optimizers, grad_clip, autocast, scaler):
-    """Update the weights of model from a window of batches; learner is what backward takes. Returns (summed loss, right
-    guesses, whether it or its gradient is not finite), all on the device: nobody waits to see them."""
-    loss, right = backward(learner, window, n_tokens, autocast, scaler)
-    for optimizer in optimizers:
-        scaler.unscale_(optimizer)
-    # The head's last row has the sum of the gradients of n tokens, whose rows are equal, and so are their gradients:
-    # divided by sqrt(n), it has the norm of all n together, and divided by n, it is the gradient of one of them.
-    shared = model.lm_head.weight.grad[-1]
-    shared /= math.sqrt(model.n_shared)
-    norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
-    shared /= math.sqrt(model.n_shared)
-    if not scaler.is_enabled() or norm.isfinite():  # a gradient that overflows in fp16 is skipped, the scale reduced
-        for optimizer in optimizers:
-            optimizer.step()
-    for optimizer in optimizers:
-        optimizer.zero_grad()
-    scaler.update()
-    return loss, right, ~torch.isfinite(loss if scaler.is_enabled() else norm)
-
-
-def compile_model(model, batch, autocast):
-    """torch.compile(model), or model itself where the compiler fails on the batch: said once, and the run goes on."""
-    compiled = torch.compile(model, dynamic=True)
-    try:
-        backward(compiled, [batch], 1, autocast)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # compilers fail in many ways, and none of them has to stop the training
-        print(f"compile    off: {type(error).__name__}: {str(error).strip().splitlines()[0][:100]}")
-        compiled = model
-    model.zero_grad()
-    return compiled
-
-
-def drain(pending, progress, record, scaler):
-    """Add the latest steps, (loss, right, bad, tokens) each, to progress and curve, one by one: it does not matter how
-    many come at once. Only here the steps wait for the device. Returns the loss a token of the last step."""
-    sums = total(torch.stack([torch.stack([value.float() for value in step[:3]]) for step in pending])).tolist()
-    always_too_large = scaler.is_enabled() and scaler.get_scale() < 1  # the gradient, for fp16
-    first = progress["step"] - len(pending) + 1
-    for step, ((loss, right, bad), (*_, n_tokens)) in enumerate(zip(sums, pending, strict=True), first):
-        if bad or always_too_large:
-            if rank():
-                sys.exit(2)  # process 0 says the same
-            raise InputError(f"step {step}: the loss or its gradient is not finite, the run stops; "
-                             f"{last_save(record)}. Try smaller learning rates, or --precision fp32")
-        for name, value in (("loss", loss), ("right", right), ("tokens", n_tokens)):
-            progress[name] += value
-        progress["point"] = [progress["point"][0] + loss, progress["point"][1] + n_tokens]
-        if step % record["steps_per_point"] == 0 or step == record["steps"]:
-            record["curve"].append([step, progress["point"][0] / progress["point"][1]])
-            progress["point"] = [0.0, 0]
-    pending.clear()
-    return loss / n_tokens
-
-
-def last_save(record):
-    step = record["step"]
-    return f"{record['settings']['checkpoints']}/last is good, of step {step}" if step else "nothing was saved before"
-
-
-def save_last(folder, model, record, progress, optimizers, scaler):
-    """Save the point from which an interrupted run continues."""
-    if not rank():
-        moments = [optimizer.state_dict()["state"] for optimizer in optimizers]
-        state = {"model": model.state_dict(), "row": model.row, "progress": progress, "moments": moments,
-                 "scaler": scaler.state_dict()}
-        try:
-            save_checkpoint(folder / "last", model, record | {"step": progress["step"]}, state=state)
-        except OSError as error:
-            raise OSError(f"{error}; {last_save(record)}") from error
-    record["step"] = progress["step"]
-
-
-def restore_last(folder, optimizers, scaler):
-    """Load what save_last saved, but for the weights; returns the progress, at step 0 where nothing was saved."""
-    path = folder / "last" / STATE
-    progress = {"step": 0, "point": [0.0, 0], "loss": 0.0, "right": 0, "tokens": 0, "seconds": 0.0}
-    if path.parent.exists():
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            progress = {name: type(first)(state["progress"][name]) for name, first in progress.items()}
-            for optimizer, moments in zip(optimizers, state["moments"], strict=True):
-                groups = optimizer.state_dict()["param_groups"]
-                optimizer.load_state_dict({"state": moments, "param_groups": groups})
-                names = {"momentum"} if isinstance(optimizer, Muon) else {"step", "exp_avg", "exp_avg_sq"}
-                for weight, values in optimizer.state.items():
-                    shapes = {values[name].shape for name in names - {"step"}}
-                    if values.keys() != names or shapes != {weight.shape}:
-                        raise ValueError("the optimizer's state is of other weights")
-            if state["scaler"]:
-                scaler.load_state_dict(state["scaler"])
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # each kind of broken file raises another exception; the message names the cause
-            cause = str(error).partition(". ")[0]  # torch goes on to recommend weights_only=False
-            raise InputError(f"{path}: cannot be read, --overwrite starts over: {cause}") from error
-    return progress
-
-
-def train(model, train_set, test_set, settings, record, precision):
-    """Train to the last step, from where checkpoints/last stands; after every epoch save, evaluate, sample and plot."""
-    device, folder, seed = model.device.type, Path(settings.checkpoints), settings.seed
-    batches_a_step = settings.accum_steps * world_size()
-    test_loader = make_loader(test_set.ids, share(epoch_batches(test_set.lengths, settings.batch_size, seed, 0)))
-    model.train()
-    prepare_backend(device, precision)
-    autocast = torch.autocast(device, DTYPES[precision], enabled=precision != "fp32")
-    scaler = torch.amp.GradScaler(device, enabled=precision == "fp16")
-    optimizers = make_optimizers(model, settings, DTYPES[precision])
-    progress = restore_last(folder, optimizers, scaler)
-    groups = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
-    compiling = settings.compile == "on" or (settings.compile == "auto" and device == "cuda")
-    learner = compile_model(model, next(iter(test_loader)), autocast) if compiling else model
-    if world_size() > 1:
-        learner = DistributedDataParallel(learner, gradient_as_bucket_view=True)
-        learner.broadcast_buffers = False  # they never change
-    n_steps, per_epoch, noted, saved_at = record["steps"], record["steps_per_epoch"], False, time.monotonic()
-    for epoch in range(len(record["epochs"]) + 1, math.ceil(n_steps / per_epoch) + 1):
-        start, stop = (epoch - 1) * per_epoch, min(epoch * per_epoch, n_steps)
-        if progress["step"] == start:
-            progress.update(loss=0.0, right=0, tokens=0, seconds=0.0)
-        batches = epoch_batches(train_set.lengths, settings.batch_size, seed, epoch)
-        batches = batches[(progress["step"] - start) * batches_a_step : (stop - start) * batches_a_step]
-        token_counts = iter(count_tokens(train_set.lengths, batches, batches_a_step))
-        loader = iter(make_loader(train_set.ids, share(batches), pin_memory=device == "cuda") if batches else ())
-        pending, stopping, drained_at = [], 0, time.monotonic()
-        bar = progress_bar(f"epoch {epoch}/{settings.epochs}", progress["step"] - start, stop - start)
-        with signals_noted() as signals:
-            while window := list(islice(loader, settings.accum_steps)):
-                # Dropout depends on the step and the process alone.
-                torch.manual_seed((seed * 1_000_003 + progress["step"]) * world_size() + rank())
-                for group, peak in groups:
-                    group["lr"] = peak * schedule(progress["step"], n_steps, settings.warmup_steps)
-                n_tokens = next(token_counts)
-                sums = update(model, learner, window, n_tokens, optimizers, settings.grad_clip, autocast,
-                              scaler)
-                pending.append((*sums, n_tokens))
-                progress["step"] += 1
-                bar.update()
-                save_now = time.monotonic() - saved_at > 60 * settings.save_every
-                stopping, save_now = largest(max(signals, default=0), save_now)
-                at_point = progress["step"] % record["steps_per_point"] == 0
-                if at_point or progress["step"] == stop or save_now or stopping:
-                    loss = drain(pending, progress, record, scaler)
-                    progress["seconds"] += time.monotonic() - drained_at
-                    drained_at = time.monotonic()
-                    whole = show_progress(bar, loss, progress, n_steps)
-                    noted = noted or (bar.n - bar.initial >= 5 and note_if_long(whole, settings))
-                if stopping:
-                    break
-                if save_now:
-                    save_last(folder, model, record, progress, optimizers, scaler)
-                    saved_at = time.monotonic()
-            save_last(folder, model, record, progress, optimizers, scaler)
-            saved_at = time.monotonic()
-            bar.close()
-            (stopping,) = largest(max(signals, default=stopping))
-        if stopping:
-            raise KeyboardInterrupt(int(stopping), f"saved after step {progress['step']:,} of {n_steps:,}")
-        test_loss, test_accuracy = evaluate(model, test_loader)  # in fp32, on CUDA with TF32
-        finish_epoch(model, epoch, test_loss, test_accuracy, settings, record, progress)
-
-
-def prepare_backend(device, precision):
-    """Set what PyTorch keeps for the whole process."""
-    if device == "cuda" and precision != "fp32":
-        torch.set_float32_matmul_precision("high")  # TF32 for the products that stay fp32, those of evaluate
-    if device == "cpu":  # despite its name: attention with dropout then stays in bf16
-        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
-
-
-def count_tokens(lengths, batches, batches_a_step):
-    """The number of real tokens of each step, in all processes."""
-    windows = (batches[i : i + batches_a_step] for i in range(0, len(batches), batches_a_step))
-    return [int(lengths[np.concatenate(window)].sum()) for window in windows]
-
-
-def progress_bar(label, n_done, n_steps):
-    return tqdm(desc=label, initial=n_done, total=n_steps, file=sys.stdout if rank() else sys.stderr, leave=False,
-                bar_format="{desc} {percentage:3.0f}%|{bar}| {n}/{total} [{elapsed}{postfix}]", dynamic_ncols=True,
-                mininterval=0.5 if sys.stderr.isatty() else 60)
-
-
-def show_progress(bar, loss, progress, n_steps):
-    """Add to the bar how long the run will take, the loss and the speed. Returns the seconds of a whole run."""
-    seconds = bar.format_dict["elapsed"] / (bar.n - bar.initial)  # of a step
-    left = bar.format_interval(seconds * (n_steps - progress["step"]))
-    speed = f"{progress['tokens'] / progress['seconds']:,.0f} tokens/s"
-    bar.set_postfix_str(f"run {left} left, loss {loss:.3f}, {speed}", refresh=False)
-    return seconds * n_steps
-
-
-def note_if_long(seconds, settings):
-    """Where the run takes more than 12 hours, say so, with a command that takes about one hour. Returns True."""
-    if seconds > 12 * 3600:
-        fraction = f"--fraction {settings.fraction * 3600 / seconds:.1g}"
-        launcher = "python" if world_size() == 1 else f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
-        command = f"{launcher} {shlex.join(sys.argv)} {fraction} --checkpoints hour/checkpoints --plots hour/plots"
-        tqdm.write(f"This run takes about {seconds / 3600:,.0f} hours on this machine; about one hour: {command}")
-    return True
-
-
-def finish_epoch(model, epoch, test_loss, test_accuracy, settings, record, progress):
-    """Add the epoch to the record, write its checkpoint with a sample, and the plots."""
-    n_tokens, seconds = progress["tokens"], progress["seconds"]
-    figures = {"epoch": epoch, "step": progress["step"], "train_loss": progress["loss"] / n_tokens,
-               "train_accuracy": progress["right"] / n_tokens, "test_loss": test_loss,
-               "test_perplexity": float(np.exp(test_loss)), "test_accuracy": test_accuracy,
-               "tokens": n_tokens, "seconds": seconds}
-    record["epochs"].append(figures)
-    if rank():
-        return
-    print("epoch {epoch}/{0}  train loss {train_loss:.3f}, accuracy {train_accuracy:.1%}  test loss {test_loss:.3f}, "
-          "accuracy {test_accuracy:.1%}, perplexity {test_perplexity:.2f}  {seconds:,.0f} s"
-          .format(settings.epochs, **figures))
-    folder = Path(settings.checkpoints) / f"epoch_{epoch}"
-    sample = generate_text(model, settings.prompt, max_length=200)
-    write_plots(Path(settings.plots), record)
-    save_checkpoint(folder, model, record, sample)  # the last of all: that it is there says that the epoch is done
-    print(f"saved {folder}, which begins a story like this:\n\n{sample}\n", flush=True)
-
-
 # --- Main ------------------------------------------------------------------------------------------------------------
-
-
-def previous_run(settings):
-    """training.json of the run in the checkpoints folder, or None. Raises InputError for a run with other settings.
-    Removes what a killed process left half done there."""
-    folder = Path(settings.checkpoints)
-    if (folder / "last.old").exists() and not (folder / "last").exists():  # killed between the two renames of a save
-        (folder / "last.old").rename(folder / "last")
-    for leftover in saved_folders(folder, r"(epoch_\d+|last)\.(tmp|old)"):
-        shutil.rmtree(leftover)
-    for leftover in saved_folders(folder / "data", r"tmp\w+"):
-        leftover.unlink()
-    if settings.overwrite or not saved_folders(folder):
-        return None
-    try:
-        record = read_record(folder / "last")
-        newer = folder / f"epoch_{len(record['epochs']) + 1}"
-        if newer.exists() and (whole := read_record(newer))["step"] == record["step"]:
-            record = whole  # last was saved before that epoch was evaluated
-        before, _ = dict(record["settings"]), (record["data"]["source"], record["step"], record["curve"])
-        before["accum_steps x processes"] = before.get("accum_steps", 0) * record.get("processes", 1)
-        finished = record["epochs"] and record["epochs"][-1]["step"] == record["steps"]
-    except InputError:
-        raise
-    except (FileNotFoundError, ValueError, LookupError, TypeError, RecursionError) as error:
-        raise InputError(f"{folder} holds a run that cannot go on ({error!r}), --overwrite starts over") from error
-    fixed = {f.name: getattr(settings, f.name) for f in fields(settings) if not f.metadata["free"]}
-    fixed["accum_steps x processes"] = settings.accum_steps * world_size()
-    refuse_changes(folder, before, fixed)
-    return record | {"finished": finished}
-
-
-def read_record(folder):
-    verify(folder)
-    return json.loads((folder / "training.json").read_text(encoding="utf-8"))
-
-
-def saved_folders(folder, pattern=r"epoch_\d+|last"):
-    return [path for path in folder.glob("*") if re.fullmatch(pattern, path.name)]
-
-
-def refuse_changes(folder, before, now):
-    changes = [f"{name} was {before.get(name)}, is {now[name]}" for name in now if before.get(name) != now[name]]
-    if changes:
-        raise InputError(f"{folder} holds another run ({', '.join(changes)}): --overwrite starts over, "
-                         "another --checkpoints and --plots keep it")
 
 
 def main(argv=None):
@@ -1590,6 +1275,20 @@ def prepare_run(settings, device):
     return model, train_set, test_set, record | {name: before[name] for name in ("step", "epochs", "curve") if before}
 
 
+def model_config(settings, tokenizer):
+    from transformers import GPT2Config
+
+    sizes = {name: getattr(settings, name) for name in ("n_positions", "n_embd", "n_layer", "n_head", "n_inner")}
+    eos = tokenizer.eos_token_id
+    sizes["n_ctx"] = sizes["n_positions"]  # its older name, which llama.cpp's converter asks for
+    return GPT2Config(vocab_size=len(tokenizer), **sizes, **dropout_rates(settings), bos_token_id=eos, eos_token_id=eos,
+                      tie_word_embeddings=False, architectures=["GPT2LMHeadModel"], dtype="float32")
+
+
+def dropout_rates(settings):
+    return dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), settings.dropout)
+
+
 def new_record(settings, data, model):
     """What training.json holds, before the first step."""
     import datasets
@@ -1608,18 +1307,315 @@ def new_record(settings, data, model):
             "step": 0, "epochs": [], "curve": [], "versions": {"python": platform.python_version(), **versions}}
 
 
-def dropout_rates(settings):
-    return dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), settings.dropout)
+# --- Small print: earlier runs, command line, errors, signals, locks, devices, processes, network, progress ----------
 
 
-def model_config(settings, tokenizer):
-    from transformers import GPT2Config
+def previous_run(settings):
+    """training.json of the run in the checkpoints folder, or None. Raises InputError for a run with other settings.
+    Removes what a killed process left half done there."""
+    folder = Path(settings.checkpoints)
+    if (folder / "last.old").exists() and not (folder / "last").exists():  # killed between the two renames of a save
+        (folder / "last.old").rename(folder / "last")
+    for leftover in saved_folders(folder, r"(epoch_\d+|last)\.(tmp|old)"):
+        shutil.rmtree(leftover)
+    for leftover in saved_folders(folder / "data", r"tmp\w+"):
+        leftover.unlink()
+    if settings.overwrite or not saved_folders(folder):
+        return None
+    try:
+        record = read_record(folder / "last")
+        newer = folder / f"epoch_{len(record['epochs']) + 1}"
+        if newer.exists() and (whole := read_record(newer))["step"] == record["step"]:
+            record = whole  # last was saved before that epoch was evaluated
+        before, _ = dict(record["settings"]), (record["data"]["source"], record["step"], record["curve"])
+        before["accum_steps x processes"] = before.get("accum_steps", 0) * record.get("processes", 1)
+        finished = record["epochs"] and record["epochs"][-1]["step"] == record["steps"]
+    except InputError:
+        raise
+    except (FileNotFoundError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise InputError(f"{folder} holds a run that cannot go on ({error!r}), --overwrite starts over") from error
+    fixed = {f.name: getattr(settings, f.name) for f in fields(settings) if not f.metadata["free"]}
+    fixed["accum_steps x processes"] = settings.accum_steps * world_size()
+    refuse_changes(folder, before, fixed)
+    return record | {"finished": finished}
 
-    sizes = {name: getattr(settings, name) for name in ("n_positions", "n_embd", "n_layer", "n_head", "n_inner")}
-    eos = tokenizer.eos_token_id
-    sizes["n_ctx"] = sizes["n_positions"]  # its older name, which llama.cpp's converter asks for
-    return GPT2Config(vocab_size=len(tokenizer), **sizes, **dropout_rates(settings), bos_token_id=eos, eos_token_id=eos,
-                      tie_word_embeddings=False, architectures=["GPT2LMHeadModel"], dtype="float32")
+
+def read_record(folder):
+    verify(folder)
+    return json.loads((folder / "training.json").read_text(encoding="utf-8"))
+
+
+def saved_folders(folder, pattern=r"epoch_\d+|last"):
+    return [path for path in folder.glob("*") if re.fullmatch(pattern, path.name)]
+
+
+def refuse_changes(folder, before, now):
+    changes = [f"{name} was {before.get(name)}, is {now[name]}" for name in now if before.get(name) != now[name]]
+    if changes:
+        raise InputError(f"{folder} holds another run ({', '.join(changes)}): --overwrite starts over, "
+                         "another --checkpoints and --plots keep it")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise InputError(f"{message} (--help lists the flags)")
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows the defaults, and the description as it is written."""
+
+
+def parse(settings_class, description, argv=None):
+    """Read the command line into a settings class; a field whose default is a tuple is a flag that can be repeated."""
+    parser = Parser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+    for f in fields(settings_class):
+        kind, choices = type(f.default), f.metadata["choices"]
+        if kind is bool:
+            reading = {"action": "store_true"}
+        elif kind is tuple:
+            reading = {"action": "append", "metavar": "TEXT", "default": argparse.SUPPRESS}
+        else:
+            metavar = None if choices else {str: "TEXT", int: "N", float: "X"}[kind]
+            reading = {"type": kind, "default": f.default, "choices": choices, "metavar": metavar}
+        parser.add_argument("--" + f.name.replace("_", "-"), help=f.metadata["help"], **reading)
+    return settings_class(**vars(parser.parse_args(argv)))
+
+
+def run(main, interrupted=""):
+    """Call main(); what a user can mend is shown as one line, without a traceback, and sets the exit code. SIGTERM
+    and a lost terminal end the program like Ctrl-C, and a character that the terminal cannot show does not end it."""
+    handle_signals(raise_interrupt)
+    for stream in (sys.stdin, sys.stdout):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    try:
+        result = main()
+        if world_size() > 1:  # a thread of gloo that is late aborts a Python that ends
+            sys.stdout.flush()
+            os._exit(0)
+        return result
+    except InputError as error:
+        message, code = str(error), 2
+    except UnicodeError as error:  # bytes in a file or in the command line that are no text
+        message, code = f"not a text in UTF-8: {error}", 2
+    except (MemoryError, RuntimeError) as error:  # on a CPU and with MPS, running out of memory is a RuntimeError
+        if world_size() > 1 and re.search("gloo|NCCL", str(error)):
+            handle_signals(signal.SIG_DFL)
+            time.sleep(10)  # the process that failed has said why, and torchrun now ends this one
+            message, code = f"no connection to the other processes: {error}", 1
+        elif isinstance(error, MemoryError) or re.search("out of memory|allocate memory|enough memory", str(error)):
+            message = ("out of memory; in training, halve --batch-size and double --accum-steps: the same updates; in "
+                       "writing, fewer stories at once")
+            code = 2
+        else:
+            raise
+    except BrokenPipeError:  # the reader of the output, such as head, has gone: nobody is there to be told
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:  # a full disk, a folder that cannot be written
+        message, code = str(error), 1
+    except KeyboardInterrupt as error:
+        number, state = error.args or (signal.SIGINT, "interrupted")
+        message, code = f"{state}{interrupted}", 128 + number
+        if rank() or (world_size() > 1 and (number, state) == (signal.SIGTERM, "interrupted")):
+            sys.exit(code)  # torchrun ends its processes like this when one has failed, and that one has said why
+    if dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0":  # else all processes say the same
+        print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+def raise_interrupt(number, _frame):
+    raise KeyboardInterrupt(number, "interrupted")
+
+
+def handle_signals(handler):
+    """Give Ctrl-C, SIGTERM and SIGHUP this handler, unless ignored, as under nohup. Returns the ones before it."""
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    heeded = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in heeded}
+
+
+@contextmanager
+def signals_noted():
+    """Inside, the signals are noted in the list that this yields, no more; a second one ends the process. A step that
+    fails after one has lost a process that was ended at once."""
+    noted = []
+
+    def note(number, _frame):
+        noted.append(number)
+        handle_signals(signal.SIG_DFL)
+        try:
+            os.write(2, b"" if rank() else b"\nstopping after this step, to save it; once more: at once\n")
+        except OSError:  # the terminal, or the program that reads this, has gone: nothing may fail for that now
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+    before = handle_signals(note)
+    try:
+        yield noted
+    except RuntimeError:
+        if noted and world_size() > 1:
+            raise KeyboardInterrupt(noted[0], "interrupted") from None
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def locked(*folders):
+    """Keep other runs out of folders. The system ends a lock with its process, however that ends."""
+    from filelock import FileLock, Timeout
+
+    with ExitStack() as locks:
+        for folder in sorted({Path(folder).resolve() for folder in folders}):
+            if folder.exists() and not folder.is_dir():
+                raise InputError(f"{folder} is a file, and --checkpoints and --plots are folders")
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                locks.enter_context(FileLock(folder / ".lock", blocking=False))
+            except Timeout:
+                raise InputError(f"{folder}: another run is writing there; give this one other --checkpoints and "
+                                 "--plots") from None
+        yield
+
+
+def pick_device(name):
+    """cuda, mps or cpu; of several GPUs each process of torchrun takes its own."""
+    n_gpus, n_processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    there = {"cuda": n_gpus > 0, "mps": torch.backends.mps.is_available() and n_processes == 1, "cpu": True}
+    if name == "auto":
+        name = next(device for device in there if there[device])
+    why = "is for one process" if name == "mps" and n_processes > 1 else "PyTorch finds none on this machine"
+    require(there[name], "device", name, f"{why}; use auto or cpu")
+    if name == "cuda":
+        require(n_processes <= n_gpus, "device", name, f"{n_processes} processes on this machine, and {n_gpus} GPUs")
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    return name
+
+
+def pick_precision(name, device):
+    """auto: bf16 where the hardware multiplies it fast, fp16 on a CUDA GPU that has no bf16, fp32 elsewhere."""
+    require(name != "fp16" or device == "cuda", "precision", name, f"works on a CUDA GPU, not on {device}")
+    if name != "auto":
+        return name
+    if device == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    has = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return "bf16" if device == "cpu" and (has.get("avx512_bf16") or has.get("amx_bf16")) else "fp32"
+
+
+def prepare_backend(device, precision):
+    """Set what PyTorch keeps for the whole process."""
+    if device == "cuda" and precision != "fp32":
+        torch.set_float32_matmul_precision("high")  # TF32 for the products that stay fp32, those of evaluate
+    if device == "cpu":  # despite its name: attention with dropout then stays in bf16
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+
+
+def rank():
+    """The number of this process, from 0. Process 0 alone prints and writes."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size():
+    """The number of processes."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+@contextmanager
+def process_group(device):
+    """Inside, the processes of torchrun can exchange tensors, and those but the first print nothing."""
+    if world_size() == 1:
+        yield
+        return
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    try:
+        dist.init_process_group(backend, timeout=timedelta(hours=6))  # the first process may have much to download
+    except ValueError as error:
+        raise InputError(f"WORLD_SIZE is {world_size()}, but this is not started by torchrun: {error}") from error
+    with redirect_stdout(open(os.devnull, "w") if rank() else sys.stdout):
+        yield
+    largest(0)  # a process that ended before process 0 has saved its last epoch would end that, too
+    dist.destroy_process_group()
+
+
+def largest(*values):
+    """Of each value the largest in any process, so that all of them decide alike."""
+    if world_size() == 1:
+        return values
+    values = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(values, dist.ReduceOp.MAX)
+    return values.tolist()
+
+
+def total(tensor):
+    """The sum of a tensor over all processes, in its place."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def share(batches):
+    """The batches of this process. Each process has as many: some get an empty one at the end."""
+    missing = -len(batches) % world_size()
+    return (batches + [batches[0][:0]] * missing)[rank() :: world_size()]
+
+
+@contextmanager
+def first_process_first():
+    """Process 0 goes through the block alone; then the others do, and find what it has made there."""
+    if rank():
+        largest(0)
+    yield
+    if not rank():
+        largest(0)
+
+
+@cache
+def hub_answers():
+    """Whether the Hugging Face Hub can be reached: found out once, within 10 s, without retries and warnings."""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        return False
+    answers = []
+
+    def ask():
+        url = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+        try:
+            answers.append(urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=8))
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            # A 404 is an answer, too, and so is a certificate that Python has no means to check.
+            if isinstance(error, urllib.error.HTTPError) or isinstance(getattr(error, "reason", None), ssl.SSLError):
+                answers.append(error)
+
+    thread = threading.Thread(target=ask, daemon=True)  # the look-up of the host's name has no time limit of its own
+    thread.start()
+    thread.join(10)
+    return bool(answers)
+
+
+def progress_bar(label, n_done, n_steps):
+    return tqdm(desc=label, initial=n_done, total=n_steps, file=sys.stdout if rank() else sys.stderr, leave=False,
+                bar_format="{desc} {percentage:3.0f}%|{bar}| {n}/{total} [{elapsed}{postfix}]", dynamic_ncols=True,
+                mininterval=0.5 if sys.stderr.isatty() else 60)
+
+
+def show_progress(bar, loss, progress, n_steps):
+    """Add to the bar how long the run will take, the loss and the speed. Returns the seconds of a whole run."""
+    seconds = bar.format_dict["elapsed"] / (bar.n - bar.initial)  # of a step
+    left = bar.format_interval(seconds * (n_steps - progress["step"]))
+    speed = f"{progress['tokens'] / progress['seconds']:,.0f} tokens/s"
+    bar.set_postfix_str(f"run {left} left, loss {loss:.3f}, {speed}", refresh=False)
+    return seconds * n_steps
+
+
+def note_if_long(seconds, settings):
+    """Where the run takes more than 12 hours, say so, with a command that takes about one hour. Returns True."""
+    if seconds > 12 * 3600:
+        fraction = f"--fraction {settings.fraction * 3600 / seconds:.1g}"
+        launcher = "python" if world_size() == 1 else f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
+        command = f"{launcher} {shlex.join(sys.argv)} {fraction} --checkpoints hour/checkpoints --plots hour/plots"
+        tqdm.write(f"This run takes about {seconds / 3600:,.0f} hours on this machine; about one hour: {command}")
+    return True
 
 
 if __name__ == "__main__":
