@@ -101,7 +101,7 @@ def peak_memory(device):
 
 def settings_of(options, name="trainer"):
     # All stories and no saves inside an epoch: a block holds nothing but steps.
-    return (f"--data {options.data} --fraction 1 --save-every 1e6 --n-inner 3072 --epochs 1000 --device "
+    return (f"--data {options.data} --tokenizer {options.tokenizer} --fraction 1 --save-every 1e6 --n-inner 3072 --epochs 1000 --device "
             f"{options.device} --batch-size {options.batch_size} --accum-steps {options.accum_steps} --precision "
             f"{options.precision} --compile {options.compile} --checkpoints {options.folder}/{name} --plots "
             f"{options.folder}/{name}").split()
@@ -217,6 +217,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=project.HelpFormatter)
     local = project.LOCAL_STORIES if Path(project.LOCAL_STORIES).exists() else "sample"
     parser.add_argument("--data", default=local, help="as for gpt2_tinystories.py")
+    parser.add_argument("--tokenizer", default="auto", help="as for gpt2_tinystories.py")
     parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), help="which of them to run")
     parser.add_argument("--rounds", type=int, default=3, help="blocks of each that count")
     parser.add_argument("--steps", type=int, default=8, help="optimizer steps of a block")
