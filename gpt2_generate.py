@@ -6,20 +6,20 @@
     python gpt2_generate.py --interactive                   type beginnings, read stories
 """
 
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass
+from typing import Literal
 
 from gpt2_tinystories import (
     InputError,
-    find_checkpoint,
+    check_rules,
+    flag,
     generate_text,
     load_checkpoint,
     parse,
     pick_device,
     require,
     run,
-    saved_folders,
-    setting,
+    saved_epochs,
 )
 
 # Edit these two, or use --prompt and --model.
@@ -33,40 +33,28 @@ MODEL = ""  # a checkpoint folder; empty: the newest epoch under checkpoints/
 
 @dataclass(frozen=True)
 class Settings:
-    model: str = setting(str(MODEL or ""), "checkpoint folder or a Hub id; empty: the newest epoch under checkpoints/")
-    prompt: tuple = setting(
+    model: str = flag(str(MODEL or ""), "checkpoint folder or a Hub id; empty: the newest epoch")
+    prompt: tuple = flag(
         (PROMPTS,) if isinstance(PROMPTS, str) else tuple(PROMPTS or ()), "beginning of a story; can be repeated"
     )
-    method: str = setting("greedy", "greedy: the likeliest token each time; sample: draw one", ("greedy", "sample"))
-    max_length: int = setting(200, "most new tokens of a story")
-    temperature: float = setting(1.0, "for sample: below 1 plainer, above 1 wilder")
-    top_k: int = setting(0, "for sample: draw from so many likeliest tokens; 0: from all")
-    top_p: float = setting(0.9, "for sample: draw from the fewest tokens with this probability together")
-    repetition_penalty: float = setting(1.0, "above 1: tokens that were there become less likely")
-    stop: tuple = setting((), "text that ends a story; can be repeated")
-    num_samples: int = setting(1, "for sample: stories for each prompt")
-    seed: int = setting(42, "for sample: seed of the first story, the next one has the next seed")
-    batch: bool = setting(False, "write all samples of a prompt at once and show them then: faster")
-    device: str = setting("auto", "where to compute", ("auto", "cuda", "cpu", "mps"))
-    interactive: bool = setting(False, "ask for prompts until an empty line")
+    method: Literal["greedy", "sample"] = flag("greedy", "greedy: the likeliest token each time; sample: draw one")
+    max_length: int = flag(200, "most new tokens of a story")
+    temperature: float = flag(1.0, "for sample: below 1 plainer, above 1 wilder")
+    top_k: int = flag(0, "for sample: draw from so many likeliest tokens; 0: from all")
+    top_p: float = flag(0.9, "for sample: draw from the fewest tokens with this probability together")
+    repetition_penalty: float = flag(1.0, "above 1: tokens that were there become less likely")
+    stop: tuple = flag((), "text that ends a story; can be repeated")
+    num_samples: int = flag(1, "for sample: stories for each prompt")
+    seed: int = flag(42, "for sample: seed of the first story, the next one has the next seed")
+    batch: bool = flag(False, "write all samples of a prompt at once and show them then: faster")
+    device: Literal["auto", "cuda", "cpu", "mps"] = flag("auto", "where to compute")
+    interactive: bool = flag(False, "ask for prompts until an empty line")
 
     def __post_init__(self):
-        texts = self.prompt and all(isinstance(text, str) and text.strip() for text in self.prompt)
-        require(texts, "prompt", ", ".join(map(repr, self.prompt)), "must be one or more texts, none of them empty")
-        require(all(self.stop), "stop", ", ".join(map(repr, self.stop)), "must not be empty")
-        require(self.num_samples >= 1, "num_samples", self.num_samples, "must be at least 1")
-        require(0 <= self.seed < 2**31, "seed", self.seed, "must be at least 0 and below 2**31")
+        check_rules(asdict(self))
         for name in ("temperature", "top_k", "top_p", "num_samples", "seed"):
             value, default = getattr(self, name), getattr(Settings, name)
             require(self.method == "sample" or value == default, name, value, "needs --method sample")
-
-
-def newest_checkpoint(folder="checkpoints"):
-    epochs = saved_folders(Path(folder), r"epoch_\d+")
-    if not epochs:
-        raise InputError(f"no epoch in {folder}/ yet: train first (python gpt2_tinystories.py), or give --model "
-                         f"FOLDER, such as {folder}/last of a run that was interrupted")
-    return max(epochs, key=lambda path: int(path.name.removeprefix("epoch_")))
 
 
 def write_stories(model, prompts, settings):
@@ -97,9 +85,11 @@ def prompts_typed():
 
 def main(argv=None):
     settings = parse(Settings, __doc__, argv)
-    folder = find_checkpoint(settings.model or newest_checkpoint())
-    model = load_checkpoint(folder, pick_device(settings.device))
-    print(f"[{folder}, {settings.method}]\n")
+    epochs = saved_epochs("checkpoints")
+    if not settings.model and not epochs:
+        raise InputError("no epoch in checkpoints/ yet: train first (python gpt2_tinystories.py), or give --model")
+    model = load_checkpoint(settings.model or epochs[-1], pick_device(settings.device, "fp32")[0])
+    print(f"[{settings.model or epochs[-1]}, {settings.method}]\n")
     if not settings.interactive:
         write_stories(model, settings.prompt, settings)
         return
