@@ -10,17 +10,15 @@
     python gpt2_tinystories.py --init gpt2 --learning-rate 1e-4    go on from another GPT-2
     torchrun --nproc-per-node 8 gpt2_tinystories.py                on 8 GPUs
 
-The stories are those in ./tinystories_local, else TinyStories, downloaded, else built-in ones.
-Every epoch leaves checkpoints/epoch_N, a standard Hugging Face GPT-2 folder with a sample story,
-and plots/training_metrics.png and .csv. The same command again continues an interrupted run, and
-python gpt2_generate.py writes stories.
+The stories are those in ./tinystories_local, else TinyStories, downloaded, else built-in ones. Each
+epoch leaves checkpoints/epoch_N, a Hugging Face GPT-2 folder with a sample story, and plots/. The
+same command again continues an interrupted run. python gpt2_generate.py writes stories.
 
 Shapes in the comments: B stories in a batch, T tokens in a story, C = n_embd, H = n_head,
 D = C / H, V = vocab_size, R = rows of the embedding, which stand for V tokens.
 """
 
 import argparse
-import errno
 import json
 import math
 import os
@@ -33,9 +31,7 @@ import zipfile
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
-from functools import cache
 from hashlib import blake2b, file_digest
-from importlib.metadata import version
 from itertools import count
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -53,8 +49,7 @@ from tqdm import tqdm
 
 HUB_STORIES, LOCAL_STORIES = "roneneldan/TinyStories", "tinystories_local"
 BUILT_IN, N_BUILT_IN = "built-in stories", 12_000
-END_OF_STORY = "<|endoftext|>"
-IGNORE = -100  # the target of padding
+END_OF_STORY, IGNORE = "<|endoftext|>", -100  # the latter is the target of padding
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RANK = int(os.environ.get("RANK", 0))  # of this process: the first one alone prints and writes
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # processes
@@ -69,28 +64,24 @@ def require(condition, name, value, rule):
     if not condition:
         raise InputError(f"--{name.replace('_', '-')} {value}: {rule}")
 
-RULES = (
-    (lambda x: x >= 1, "must be at least 1", "n_embd n_layer n_head n_inner epochs batch_size "
-     "accum_steps max_length num_samples"),
-    (lambda x: x >= 2, "must be at least 2", "n_positions"),
-    (lambda x: 0 <= x < math.inf, "must be a number of at least 0", "warmup_steps weight_decay "
-     "max_steps save_every top_k"),
-    (lambda x: 0 < x < math.inf, "must be a number above 0", "learning_rate muon_learning_rate "
-     "grad_clip temperature repetition_penalty"),
-    (lambda x: 0 < x <= 1, "must be above 0 and at most 1", "fraction top_p"),
-    (lambda x: 0 < x < 1, "must be between 0 and 1", "test_fraction"),
-    (lambda x: 0 <= x < 1, "must be at least 0 and below 1", "dropout"),
-    (lambda x: x is None or 0 <= x < 2**32, "must be at least 0 and below 2**32", "seed"),
-    (lambda x: x in ("greedy", "sample"), "must be greedy or sample", "method"),
-    (lambda x: x and all(str(text).strip() for text in x), "must not be empty", "prompt"),
-    (all, "must not be empty", "stop"),
-)
+RULES = {
+    "x >= 1": "n_embd n_layer n_head n_inner epochs batch_size accum_steps max_length num_samples",
+    "x >= 2": "n_positions",
+    "0 <= x < inf": "warmup_steps weight_decay max_steps save_every top_k",
+    "0 < x < inf": "learning_rate muon_learning_rate grad_clip temperature repetition_penalty",
+    "0 < x < 1": "test_fraction",
+    "0 < x <= 1": "fraction top_p",
+    "0 <= x < 1": "dropout",
+    "x is None or 0 <= x < 2**32": "seed",
+    "x in ('greedy', 'sample')": "method",
+}
 
 def check_rules(settings):
     """Raise InputError for the first of settings, a dict, that breaks its rule."""
-    for holds, rule, names in RULES:
-        for name in names.split():
-            require(name not in settings or holds(settings[name]), name, settings.get(name), rule)
+    for rule, names in RULES.items():
+        for name in settings.keys() & names.split():
+            holds = eval(rule, {"x": settings[name], "inf": math.inf})
+            require(holds, name, settings[name], f"the rule is {rule}")
 
 def flag(default, help):
     return field(default=default, metadata={"help": help})
@@ -128,14 +119,14 @@ class Settings:
     prompt: str = flag("Once upon a time, in a small village", "beginning of the samples")
 
     def __post_init__(self):
-        check_rules(asdict(self) | {"prompt": [self.prompt]})
-        heads = f"must be a multiple of --n-head {self.n_head}"
-        require(self.n_embd % self.n_head == 0, "n_embd", self.n_embd, heads)
-        require(self.n_embd % 2 == 0, "n_embd", self.n_embd, "must be even, for sines and cosines")
-        brought = "tokenizer n_embd n_layer n_head n_inner muon_learning_rate".split()
-        for name in brought if self.init else ():
+        check_rules(asdict(self))
+        rule = f"must be a multiple of --n-head {self.n_head} and even, for sines and cosines"
+        fits = self.n_embd % self.n_head == self.n_embd % 2 == 0
+        require(fits, "n_embd", self.n_embd, rule)
+        for name in ("tokenizer", "n_embd", "n_layer", "n_head", "n_inner", "muon_learning_rate"):
             value, default = getattr(self, name), getattr(Settings, name)
-            require(value == default, name, value, f"cannot be chosen with --init {self.init}")
+            rule = f"cannot be chosen with --init {self.init}"
+            require(not self.init or value == default, name, value, rule)
 
 
 # --- Data: stories, tokenizer, token ids, batches of similar length -----------------------------
@@ -164,13 +155,14 @@ def default_stories():
             with whole_or_absent(Path(LOCAL_STORIES)) as folder:
                 stories.save_to_disk(folder)
         except InputError as error:
-            say(f"{'=' * 100}\nTHE BUILT-IN STORIES are used: no ./{LOCAL_STORIES} here, and no "
-                "download possible.\nFor the real ones bring that folder, or a network, and run "
-                f"this again with --overwrite.\n({error})\n{'=' * 100}")
+            say(f"{'=' * 99}\nTHE BUILT-IN STORIES are used: no ./{LOCAL_STORIES} here, no download"
+                " possible.\nFor the real ones bring that folder or a network, and start over with "
+                f"--overwrite.\n({error})\n{'=' * 99}")
     return LOCAL_STORIES if Path(LOCAL_STORIES).exists() else "sample"
 
 def built_in_stories():
     from datasets import Dataset
+
     from sample_stories import sample_stories
     return Dataset.from_dict({"text": list(sample_stories(N_BUILT_IN))})
 
@@ -180,24 +172,23 @@ def read_stories(path, cache_dir):
         return load_from_disk(str(path))
     if not path.exists():
         return load_dataset(path.as_posix(), split="train")
-    kinds = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
-    if path.suffix not in kinds or not path.stat().st_size:
-        raise ValueError(f"is empty, or neither a folder nor one of {', '.join(kinds)}")
-    if path.suffix == ".txt":  # size and time are for the cache: a changed file is read again
-        file = {"path": str(path), "size": path.stat().st_size, "time": path.stat().st_mtime_ns}
+    size, changed = path.stat().st_size, path.stat().st_mtime_ns
+    kind = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}.get(path.suffix)
+    if not kind or not size:
+        raise ValueError("is empty, or neither a folder nor a .txt, .jsonl or .parquet file")
+    if kind == "text":
+        file = {"path": str(path), "size": size, "changed": changed}
         return Dataset.from_generator(read_text, gen_kwargs=file, cache_dir=cache_dir)
-    file = {"data_files": str(path), "split": "train", "cache_dir": cache_dir}
-    return load_dataset(kinds[path.suffix], **file)
+    return load_dataset(kind, data_files=str(path), split="train", cache_dir=cache_dir)
 
-def read_text(path, size, time):
-    """Yield the stories of a text file, separated by <|endoftext|>."""
+def read_text(path, size, changed):
+    """Yield the stories of a text file, separated by <|endoftext|>; cached until it changes."""
     rest = ""
     with open(path, encoding="utf-8") as file:
         while part := file.read(1 << 20):
             *stories, rest = (rest + part).split(END_OF_STORY)
             yield from ({"text": story} for story in stories)
-    if rest.strip():
-        yield {"text": rest}
+    yield from [{"text": rest}] if rest.strip() else []
 
 def split_stories(stories, settings):
     """(train, test, counts): a seeded random slice, without empty stories and duplicates."""
@@ -205,7 +196,7 @@ def split_stories(stories, settings):
     n_chosen = max(1, round(settings.fraction * len(stories))) if len(stories) else 0
     chosen = stories.select(np.sort(rng.choice(len(stories), n_chosen, replace=False)))
     texts = ((text or "").strip() for rows in chosen.iter(1000) for text in rows["text"])
-    hashes = (int(digest(text.encode()), 16) if text else 0 for text in texts)
+    hashes = (int(digest(text), 16) if text else 0 for text in texts)
     hashes = np.fromiter(hashes, np.uint64, n_chosen)
     _, first = np.unique(hashes, return_index=True)  # the first story of each text
     kept = rng.permutation(np.sort(first[hashes[first] != 0]))
@@ -216,11 +207,11 @@ def split_stories(stories, settings):
     test, train = np.sort(kept[:n_test]), np.sort(kept[n_test:])
     counts = {"stories": len(stories), "train_stories": len(train), "test_stories": n_test,
               "empty": n_empty, "duplicates": n_chosen - n_empty - len(kept),
-              "fingerprint": digest(hashes[np.concatenate((train, test))].tobytes())}
+              "fingerprint": digest(str(hashes[np.concatenate((train, test))].tobytes()))}
     return chosen.select(train), chosen.select(test), counts
 
-def digest(content):
-    return blake2b(content, digest_size=8).hexdigest()
+def digest(text):
+    return blake2b(text.encode(), digest_size=8).hexdigest()
 
 def load_tokenizer(name, stories=None):
     """A Hugging Face tokenizer, by Hub id or folder; bpe:SIZE trains one like GPT-2's."""
@@ -274,8 +265,7 @@ def epoch_batches(lengths, batch_size, seed, epoch):
     """The batches of an epoch, arrays of story numbers, each story once: a pure function of its
     arguments. Stories of similar length come together, so that little of a batch is padding."""
     rng = np.random.default_rng((seed, epoch))
-    order = rng.permutation(len(lengths))
-    batches = []
+    order, batches = rng.permutation(len(lengths)), []
     for window in np.split(order, range(100 * batch_size, len(order), 100 * batch_size)):
         window = window[np.argsort(lengths[window], kind="stable")]
         batches += np.split(window, range(batch_size, len(window), batch_size))
@@ -283,8 +273,7 @@ def epoch_batches(lengths, batch_size, seed, epoch):
 
 def step_batches(lengths, settings, first_step=0):
     """Yield the batches of each optimizer step, of all processes, from first_step on."""
-    n_batches = math.ceil(len(lengths) / settings.batch_size)
-    per_step = settings.accum_steps * WORLD_SIZE
+    n_batches, per_step = -(-len(lengths) // settings.batch_size), settings.accum_steps * WORLD_SIZE
     n_epochs, n_steps = divmod(first_step, math.ceil(n_batches / per_step))
     for epoch in count(n_epochs + 1):
         batches = epoch_batches(lengths, settings.batch_size, settings.seed, epoch)
@@ -459,8 +448,10 @@ def generate_text(model, prompt, max_length=50, method="greedy", *, temperature=
     token at once. When the context is full, its older half is dropped."""
     stop = [stop] if isinstance(stop, str) else list(stop or ())
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    check_rules(locals() | {"prompt": prompts})
+    check_rules(locals())
     n_texts = len(prompts) * num_samples
+    require(n_texts, "prompt", prompts, "must be at least one text")
+    require(all(stop), "stop", stop, "must not be empty")
     require(not streamer or n_texts == 1, "streamer", f"for {n_texts} texts", "it shows one")
     seed = int(torch.randint(2**31, ())) if seed is None else seed
     generators = [torch.Generator().manual_seed(seed + i) for i in range(num_samples)]  # of the CPU
@@ -474,7 +465,8 @@ def generate_text(model, prompt, max_length=50, method="greedy", *, temperature=
     return texts[0] if isinstance(prompt, str) and num_samples == 1 else texts
 
 def encode_prompt(model, prompt):
-    """The ids of a prompt. Raises InputError if it does not fit."""
+    """The ids of a prompt. Raises InputError if it is empty or does not fit."""
+    require(prompt.strip(), "prompt", repr(prompt), "must not be empty")
     ids, n_positions = encode(model.tokenizer, prompt), model.config.n_positions
     rule = f"has {len(ids)} tokens, {n_positions} fit"
     require(len(ids) <= n_positions, "prompt", repr(prompt[:30] + "…"), rule)
@@ -539,9 +531,8 @@ def next_probabilities(logits, temperature, top_k, top_p):
 # --- Optimizers ---------------------------------------------------------------------------------
 
 def make_optimizers(model, settings, dtype):
-    """AdamW, with ten times the rate for embedding and head, and Muon for the layers' matrices,
-    with products in dtype. With --init AdamW alone, at one rate: weights that it has made go on
-    best with it, and with small steps."""
+    """AdamW, at ten times the rate for embedding and head, and Muon for the layers' matrices, with
+    products in dtype. With --init AdamW alone, at one rate: it has made those weights."""
     def group(weights, rate, decay=settings.weight_decay):
         return {"params": list(weights), "lr": rate, "peak_lr": rate, "weight_decay": decay}
 
@@ -587,8 +578,7 @@ class Muon(torch.optim.Optimizer):
 
 # Each (a, b, c) is the polynomial a s + b s^3 + c s^5 that brings the values s, which the one
 # before it leaves of [0.001, 1], closest to 1 (Amsel et al., "The Polar Express", 2025), stretched
-# by 2 % against rounding: beyond 1 they grow without bounds. The last is taken 0.85 times: with
-# that, the models learn a little better.
+# by 2 % against rounding. The last is taken 0.85 times: with that, models learn a little better.
 POLAR_EXPRESS = ((8.3042, -23.6599, 16.8731), (4.1026, -2.9311, 0.5262),
                  (3.8958, -2.7935, 0.5115), (2.7758, -2.0060, 0.3958))
 
@@ -612,10 +602,10 @@ def train(model, train_set, test_set, settings, record, last, precision):
     autocast = torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     optimizers = make_optimizers(model, settings, DTYPES[precision])
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     metrics = torch.zeros(n_steps, 5, device=device)  # loss, right, norm, tokens, seconds of steps
     state = {"model": model, "scaler": scaler} | dict(enumerate(optimizers))
     if last:
+        say(f"continuing the interrupted run from its last save, after step {record['step']:,}")
         metrics[: record["step"]] = last["metrics"]
         for name, part in state.items():
             part.load_state_dict(last[name] or part.state_dict())  # of a scaler not used it is {}
@@ -623,11 +613,16 @@ def train(model, train_set, test_set, settings, record, last, precision):
     test_loader = make_loader(test_set.ids, share(test_batches))
     learner = make_learner(model, next(iter(test_loader)), settings, autocast)
     windows = step_batches(train_set.lengths, settings, record["step"])
+    say("stories    {train_stories:,} to train, {test_stories:,} to test, of {stories:,} from {source};"
+        " dropped {empty:,} empty ones and {duplicates:,} duplicates\n"
+        "tokens     {train_tokens:,} to train; of all, {tokens_cut:,} were cut off\n"
+        "model      {0:.1f} M parameters, on {1} x {2} in {3}; {4:,} steps".format(
+            record["parameters"] / 1e6, WORLD_SIZE, device, precision, n_steps, **record["data"]))
     bar = tqdm(total=n_steps, initial=record["step"], disable=RANK > 0, leave=False,
                dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 60)
-    signals, then = [], time.monotonic()
-    saved = then
+    signals, saved = [], time.monotonic()
     with bar, on_signals(signals.append):
+        then = saved
         for step in range(record["step"], n_steps + 1):
             if step == end_of_epoch(record):
                 with on_signals(interrupt):  # at once; when the run goes on, this is done again
@@ -638,18 +633,17 @@ def train(model, train_set, test_set, settings, record, last, precision):
                 break
             # Dropout depends on the step and the process alone.
             torch.manual_seed((settings.seed * 1_000_003 + step) * WORLD_SIZE + RANK)
-            for group in groups:
+            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = group["peak_lr"] * schedule(step, n_steps, settings.warmup_steps)
             window = next(windows)
             n_tokens = sum(int(train_set.lengths[batch].sum()) for batch in window)
             batches = [pad_batch([train_set.ids[i] for i in batch]) for batch in share(window)]
             loss, right = total(backward(learner, batches, n_tokens, autocast, scaler))
-            norm = update(model, optimizers, settings.grad_clip, scaler)
-            now = time.monotonic()
+            norm, now = update(model, optimizers, settings.grad_clip, scaler), time.monotonic()
             metrics[step, :3] = torch.stack((loss, right, norm))
             metrics[step, 3], metrics[step, 4], then = n_tokens, now - then, now
-            due = now - saved > 60 * settings.save_every
-            stop, due = total(torch.tensor([len(signals), due])).tolist()
+            flags = torch.tensor([len(signals), now - saved > 60 * settings.save_every])
+            stop, due = total(flags).tolist()
             due = due or stop or step + 1 == end_of_epoch(record)
             if due or (step + 1) % record["steps_per_point"] == 0:
                 check_and_show(metrics[: step + 1], record, bar)
@@ -679,8 +673,8 @@ def backward(learner, batches, n_tokens, autocast=None, scaler=None):
     return sums
 
 def update(model, optimizers, grad_clip, scaler):
-    """Clip the gradients, take a step with each optimizer, clear them. Returns the gradients' norm,
-    or 0 where it is too large for fp16, which is skipped as long as the scale can be reduced."""
+    """Clip the gradients, take a step, clear them. Returns their norm; 0 where it is too large for
+    fp16, and skipped, as long as the scale can be reduced."""
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     # The head's last row has the sum of the gradients of n tokens, whose rows are equal, and so are
@@ -705,8 +699,7 @@ def make_learner(model, batch, settings, autocast):
         try:
             backward(learner, [batch], 1, autocast)
         except Exception as error:  # compilers fail in many ways, and the training can do without
-            reason = str(error).strip().splitlines()[0][:80]
-            say(f"compile    off: {type(error).__name__}: {reason}")
+            say(f"compile    off: {type(error).__name__}: {str(error).strip().splitlines()[0]:.80}")
             learner = model
         model.zero_grad()
     if WORLD_SIZE > 1:
@@ -715,16 +708,18 @@ def make_learner(model, batch, settings, autocast):
     return learner
 
 def end_of_epoch(record):
-    """The step at which the next epoch ends that the record does not have yet."""
+    """The step at which the first epoch ends that is not in the record."""
     return min((len(record["epochs"]) + 1) * record["steps_per_epoch"], record["steps"])
 
 def check_and_show(metrics, record, bar):
     """Move the bar to the last of the steps. Raises InputError where one is not finite."""
-    bad = ~metrics.isfinite().all(1)
-    if bad.any():
-        step, good = int(bad.nonzero()[0]) + 1, record["step"]
-        raise InputError(f"step {step}: the loss or its gradient is not finite, the run stops; the "
-                         f"last save, of step {good}, is good. Try smaller learning rates or fp32")
+    bad = (~metrics.isfinite().all(1)).nonzero()
+    if len(bad):
+        if RANK:
+            sys.exit(2)  # process 0 says the same
+        saved = f"last.pt is good, of step {record['step']}" if record["step"] else "none was saved"
+        raise InputError(f"step {int(bad[0]) + 1}: the loss or its gradient is not finite, the run "
+                         f"stops; {saved}. Try smaller learning rates, or --precision fp32")
     loss, _, _, n_tokens, seconds = metrics[-100:].sum(0).tolist()
     bar.set_postfix_str(f"loss {loss / n_tokens:.3f}, {n_tokens / seconds:,.0f} tokens/s", False)
     bar.update(len(metrics) - bar.n)
@@ -734,17 +729,16 @@ def finish_epoch(model, test_loader, settings, record, metrics):
     epoch, step, width = len(record["epochs"]) + 1, end_of_epoch(record), record["steps_per_point"]
     test_loss, test_accuracy = evaluate(model, test_loader)  # in fp32, on CUDA with TF32
     metrics = metrics[:step].cpu().double().numpy()
-    of_epoch = metrics[(epoch - 1) * record["steps_per_epoch"] :]
-    loss, right, _, n_tokens, seconds = of_epoch.sum(0).tolist()
+    sums = metrics[(epoch - 1) * record["steps_per_epoch"] :].sum(0).tolist()
+    loss, right, _, n_tokens, seconds = sums
     record["epochs"].append({
-        "epoch": epoch, "step": step,
-        "train_loss": loss / n_tokens, "train_accuracy": right / n_tokens,
-        "test_loss": test_loss, "test_perplexity": float(np.exp(test_loss)),
-        "test_accuracy": test_accuracy, "tokens": int(n_tokens), "seconds": seconds,
-    })
+        "epoch": epoch, "step": step, "train_loss": loss / n_tokens,
+        "train_accuracy": right / n_tokens, "test_loss": test_loss,
+        "test_perplexity": float(np.exp(test_loss)), "test_accuracy": test_accuracy,
+        "tokens": int(n_tokens), "seconds": seconds})
     points = np.add.reduceat(metrics, range(0, step, width))
-    ends = [min(start + width, step) for start in range(0, step, width)]
-    record["curve"] = list(zip(ends, (points[:, 0] / points[:, 3]).tolist(), strict=True))
+    losses = (points[:, 0] / points[:, 3]).tolist()
+    record["curve"] = [[min(i * width, step), loss] for i, loss in enumerate(losses, 1)]
     say("epoch {epoch}/{0}  train loss {train_loss:.3f}, accuracy {train_accuracy:.1%}  test loss "
         "{test_loss:.3f}, accuracy {test_accuracy:.1%}, perplexity {test_perplexity:.2f}  "
         "{seconds:,.0f} s".format(settings.epochs, **record["epochs"][-1]))
@@ -782,7 +776,8 @@ def transposed(weights):
 
 def save_checkpoint(folder, model, record, sample):
     """Write the model, with a row for each token, and its tokenizer, as transformers does."""
-    from transformers import GPT2LMHeadModel
+    from transformers import GPT2LMHeadModel, logging
+    logging.disable_progress_bar()
     weights = transposed(model.state_dict())
     for name in ("transformer.wte.weight", "lm_head.weight"):
         weights[name] = weights[name][model.row]
@@ -795,16 +790,13 @@ def save_checkpoint(folder, model, record, sample):
         model.tokenizer.save_pretrained(new)
         (new / "training.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
         (new / "sample.txt").write_text(sample + "\n", encoding="utf-8")
-        sums = "".join(f"{line}\n" for line in checksums(new))
-        (new / "SHA256SUMS").write_text(sums, encoding="utf-8", newline="\n")
+        (new / "SHA256SUMS").write_bytes("".join(checksums(new)).encode())
 
 def checksums(folder):
     """The lines that sha256sum prints for the files of a folder."""
-    lines = []
     for path in sorted(path for path in folder.iterdir() if path.is_file()):
         with open(path, "rb") as file:
-            lines.append(f"{file_digest(file, 'sha256').hexdigest()}  {path.name}")
-    return lines
+            yield f"{file_digest(file, 'sha256').hexdigest()}  {path.name}\n"
 
 # What a config.json may say of how a GPT-2 computes, and what it is to say here.
 GPT2_MATH = {"model_type": "gpt2", "activation_function": "gelu_new", "scale_attn_weights": True,
@@ -814,22 +806,23 @@ def load_checkpoint(name, device="cpu", fold=True, **changes):
     """The model of a GPT-2 folder or Hub id, with its tokenizer, in eval mode. fold: keep equal
     rows of embedding and head once, to write faster; changes: other values than in config.json."""
     from transformers import GPT2Config, GPT2LMHeadModel, logging
-    logging.set_verbosity_error()
     logging.disable_progress_bar()
-    folder, sums = Path(name), Path(name, "SHA256SUMS")
+    logging.set_verbosity_error()
     with reading(name, name):
-        saved = sums.read_text("utf-8", "replace") if sums.is_file() else ""
-        if changed := set(saved.splitlines()) - set(checksums(folder) if saved else ()):
-            raise ValueError(f"{min(changed, key=len)[66:]} is not as it was saved; if you changed "
-                             "that on purpose, delete SHA256SUMS there")
+        sums = Path(name, "SHA256SUMS")  # which checkpoints of this script have
+        saved = sums.read_text("utf-8", "replace").splitlines(True) if sums.is_file() else []
+        if changed := saved and set(saved) - set(checksums(sums.parent)):
+            raise ValueError(f"{min(changed)[66:-1]} is not as it was saved; if it was changed on "
+                             "purpose, delete SHA256SUMS there")
         values = GPT2Config.get_config_dict(name)[0]
-        if odd := [key for key, usual in GPT2_MATH.items() if values.get(key, usual) != usual]:
-            raise ValueError(f"{odd[0]} is {values[odd[0]]}, not {GPT2_MATH[odd[0]]}")
+        for key, usual in GPT2_MATH.items():
+            if values.get(key, usual) != usual:
+                raise ValueError(f"{key} is {values[key]}, and only {usual} is known here")
         for key in ("auto_map", "task_specific_params"):  # a stranger's code and habits
             values.pop(key, None)
-        ours = {"architectures": ["GPT2LMHeadModel"], "dtype": "float32"}
-        config = GPT2Config(**values | changes | ours)
-        options = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
+        values |= {"architectures": ["GPT2LMHeadModel"], "dtype": "float32"} | changes
+        config = GPT2Config(**values)
+        options = {"use_safetensors": True, "output_loading_info": True}
         theirs, report = GPT2LMHeadModel.from_pretrained(name, config=config, **options)
         strange = [*report["missing_keys"], *report["unexpected_keys"]]
         if strange := [key for key in strange if not key.endswith("attn.masked_bias")]:
@@ -861,8 +854,8 @@ def save_last(folder, step, record, state, metrics):
 
 # The settings that may differ when a run goes on: of the stories and the tokenizer their contents
 # are compared, and of accum_steps the product with the number of processes.
-FREE = set("data tokenizer accum_steps save_every device precision compile checkpoints plots "
-           "overwrite prompt".split())
+FREE = {"data", "tokenizer", "accum_steps", "save_every", "device", "precision", "compile",
+        "checkpoints", "plots", "overwrite", "prompt"}
 
 def read_last(settings):
     """What save_last saved of the same run; None where there is none, or --overwrite is given."""
@@ -885,8 +878,8 @@ def refuse_changes(before, now, folder):
     changed = [name for name in now if before.get(name) != now[name]]
     changes = ", ".join(f"{name} was {before.get(name)}, is {now[name]}" for name in changed)
     if changed:
-        raise InputError(f"{folder} holds another run ({changes}): --overwrite starts over, "
-                         "another --checkpoints and --plots keep it")
+        raise InputError(f"{folder} holds another run ({changes}): --overwrite starts over, other "
+                         "--checkpoints and --plots keep it")
 
 def saved_epochs(folder):
     """The folders of the epochs in a checkpoints folder, in their order."""
@@ -970,9 +963,9 @@ def main(argv=None):
     start_processes(device)
     with locked(folder), locked(plots):
         last = read_last(settings)
-        before = last["record"] if last else {"data": {}, "epochs": [], "step": 0, "steps": None}
+        before = last["record"] if last else {"data": {}, "epochs": [], "step": 0}
         if before["epochs"] and before["epochs"][-1]["step"] == before["steps"]:
-            say(f"{folder} holds this run, and it is finished. {result(folder, plots, before)}")
+            say(f"{folder} holds this run, and it is finished; {result(before)}")
             return
         if RANK:  # the others wait here, and find what process 0 has downloaded and written
             total(torch.zeros(1))
@@ -982,94 +975,89 @@ def main(argv=None):
         train_stories, test_stories, data = split_stories(stories, settings)
         name = settings.tokenizer.replace("auto", "bpe:4096" if source == BUILT_IN else "gpt2")
         tokenizer = base.tokenizer if base else load_tokenizer(name, train_stories)
-        data["tokenizer"] = digest(tokenizer.backend_tokenizer.to_str().encode())
-        cache = f"{data['fingerprint']}-{data['tokenizer']}-{settings.n_positions}.arrow"
-        parts = {"train": train_stories, "test": test_stories}
-        train_set, test_set = (
-            encode_stories(part, tokenizer, settings.n_positions, folder / f"data/{label}-{cache}")
-            for label, part in parts.items())
-        n_tokens, n_cut = int(train_set.lengths.sum()), train_set.n_cut + test_set.n_cut
-        data |= {"train_tokens": n_tokens, "tokens_cut": n_cut}
+        data["tokenizer"] = digest(tokenizer.backend_tokenizer.to_str())
+        key = f"{data['fingerprint']}-{data['tokenizer']}-{settings.n_positions}.arrow"
+        kind = tokenizer, settings.n_positions
+        train_set = encode_stories(train_stories, *kind, folder / f"data/train-{key}")
+        test_set = encode_stories(test_stories, *kind, folder / f"data/test-{key}")
+        data["train_tokens"] = int(train_set.lengths.sum())
+        data["tokens_cut"] = train_set.n_cut + test_set.n_cut
         if RANK == 0:
             total(torch.zeros(1))
-        say("stories    {train_stories:,} to train, {test_stories:,} to test, of {stories:,} from "
-            "{0}; dropped {empty:,} empty ones and {duplicates:,} duplicates\ntokens     "
-            "{train_tokens:,} to train; of all, {tokens_cut:,} were cut off".format(source, **data))
         require_same(data)
         if last:
             refuse_changes(before["data"], data, folder)
-            say(f"continuing the interrupted run from its last save, after step {before['step']:,}")
         torch.manual_seed(settings.seed)
         model = base or GPT(model_config(settings, tokenizer), tokenizer)
         encode_prompt(model, settings.prompt)  # better refused now than after an epoch
         record = new_record(settings, data | {"source": source}, model, before)
-        if not base:  # whose rows differ
-            model.fold(tokens_in((train_set, test_set), model.config.vocab_size))
         for stale in (*saved_epochs(folder), folder / "last.pt") if settings.overwrite else ():
             remove(stale)
-        say(f"model      {record['parameters'] / 1e6:.1f} M parameters, {WORLD_SIZE} x {device} in "
-            f"{precision}\ntraining   {record['steps']:,} steps")
+        has_own = tokens_in((train_set, test_set), model.config.vocab_size)
+        model.fold(has_own | bool(base))  # whose rows all differ
         train(model.to(device), train_set, test_set, settings, record, last, precision)
-        say(result(folder, plots, record))
+        say(result(record))
 
 def load_base(settings):
     """The model of --init, all of whose weights will be trained."""
-    rates = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
-    model = load_checkpoint(settings.init, fold=False, **dict.fromkeys(rates, settings.dropout))
-    rule = f"the checkpoint of --init has only {model.config.n_positions}"
-    fits = settings.n_positions <= model.config.n_positions
-    require(fits, "n_positions", settings.n_positions, rule)
+    rates = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), settings.dropout)
+    model = load_checkpoint(settings.init, fold=False, **rates)
+    n, most = settings.n_positions, model.config.n_positions
+    require(n <= most, "n_positions", n, f"the checkpoint of --init {settings.init} has {most}")
     model.transformer.wpe.weight.requires_grad_()
     return model
 
 def model_config(settings, tokenizer):
     from transformers import GPT2Config
-    names, eos = ("n_positions", "n_embd", "n_layer", "n_head", "n_inner"), tokenizer.eos_token_id
-    sizes = {name: getattr(settings, name) for name in names}
+    names = ("n_positions", "n_embd", "n_layer", "n_head", "n_inner")
+    rates = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), settings.dropout)
+    ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_token_id)
     return GPT2Config(  # n_ctx is an older name, which llama.cpp's converter asks for
-        vocab_size=len(tokenizer), **sizes, n_ctx=settings.n_positions, tie_word_embeddings=False,
-        embd_pdrop=settings.dropout, attn_pdrop=settings.dropout, resid_pdrop=settings.dropout,
-        bos_token_id=eos, eos_token_id=eos, pad_token_id=eos, dtype="float32",
+        **{name: getattr(settings, name) for name in names}, n_ctx=settings.n_positions, **rates,
+        **ends, vocab_size=len(tokenizer), tie_word_embeddings=False, dtype="float32",
         architectures=["GPT2LMHeadModel"])
 
 def new_record(settings, data, model, before):
     """What training.json holds; of a run that goes on with the step and the epochs it has."""
-    n_batches = math.ceil(data["train_stories"] / settings.batch_size)
-    per_epoch = math.ceil(n_batches / (settings.accum_steps * WORLD_SIZE))
+    per_step = settings.batch_size * settings.accum_steps * WORLD_SIZE
+    per_epoch = math.ceil(data["train_stories"] / per_step)
     steps = min(settings.max_steps or math.inf, settings.epochs * per_epoch)
-    packages = ("torch", "transformers", "datasets", "matplotlib")
-    return {"settings": asdict(settings), "processes": WORLD_SIZE, "data": data,
+    packages = ("torch", "transformers", "datasets")
+    versions = {name: str(sys.modules[name].__version__) for name in packages}
+    return {"settings": asdict(settings), "processes": WORLD_SIZE, "data": data, "steps": steps,
+            "steps_per_epoch": per_epoch, "steps_per_point": min(per_epoch, -(-steps // 1000)),
             "parameters": sum(weight.numel() for weight in model.parameters()),
-            "steps": steps, "steps_per_epoch": per_epoch,
-            "steps_per_point": min(per_epoch, math.ceil(steps / 1000)),
             "step": before["step"], "epochs": before["epochs"],
-            "versions": {name: version(name) for name in packages} | {"python": sys.version}}
+            "versions": versions | {"python": sys.version.split()[0]}}
 
-def result(folder, plots, record):
+def result(record):
     """What to say at the end of a run."""
-    last, best = record["epochs"][-1], min(record["epochs"], key=lambda epoch: epoch["test_loss"])
-    text = f"test perplexity {last['test_perplexity']:.2f}; the plots are in {plots}\n"
-    if best is not last:
-        text += f"It was lower in epoch {best['epoch']}, {best['test_perplexity']:.2f}: since then "
-        text += "the model has learned its stories by heart. More stories or fewer --epochs help.\n"
-    return f"{text}next: python gpt2_generate.py --model {folder}/epoch_{best['epoch']}"
+    epochs, settings = record["epochs"], record["settings"]
+    best = min(epochs, key=lambda epoch: epoch["test_loss"])
+    why = "since then it has learned the stories by heart; more of them or fewer epochs help"
+    hint = f"\nIt was lower after epoch {best['epoch']}, {best['test_perplexity']:.2f}: {why}"
+    hint = "" if best is epochs[-1] else hint
+    best = f"{settings['checkpoints']}/epoch_{best['epoch']}"
+    return (f"test perplexity {epochs[-1]['test_perplexity']:.2f}; the plots are in "
+            f"{settings['plots']}{hint}\nnext: python gpt2_generate.py --model {best}")
 
 
 # --- Small print: command line, errors, signals, lock, devices, processes, network ---------------
 
 def parse(settings_class, description, argv=None):
     """Read the command line into a settings class; a tuple is a flag that can be repeated."""
-    formatter, skip = argparse.RawDescriptionHelpFormatter, argparse.SUPPRESS
-    parser = argparse.ArgumentParser(None, skip, description, formatter_class=formatter,
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=description,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
+    actions = {bool: "store_true", tuple: "append"}
     for f in fields(settings_class):
-        kinds = {"type": f.type, "metavar": {str: "TEXT", int: "N", float: "X"}.get(f.type)}
-        if get_args(f.type):
-            kinds = {"choices": get_args(f.type)}
-        elif f.type in (bool, tuple):
-            kinds = {"action": {bool: "store_true", tuple: "append"}[f.type], "default": skip}
-        kinds = {"default": f.default, "help": f"{f.metadata['help']} (default: {f.default})"} | kinds
-        parser.add_argument("--" + f.name.replace("_", "-"), **kinds)
+        kind = {"type": f.type, "default": f.default}
+        if f.type in actions:
+            kind = {"action": actions[f.type], "default": argparse.SUPPRESS}
+        elif get_args(f.type):
+            kind = {"choices": get_args(f.type), "default": f.default}
+        text = f"{f.metadata['help']} (default: {f.default})"
+        parser.add_argument("--" + f.name.replace("_", "-"), help=text, **kind)
     return settings_class(**vars(parser.parse_args(argv)))
 
 @contextmanager
@@ -1080,23 +1068,17 @@ def reading(name, what, hint=""):
     offline = not here and not hub_answers()
     try:
         yield
-    except (InputError, MemoryError, torch.OutOfMemoryError):
+    except InputError:
         raise
     except Exception as error:  # each kind of broken file raises another; the message names it
-        cause = error.__cause__ or error
-        if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-            raise OSError(f"{what}: {cause}") from error
-        why = str(cause).partition(". ")[0]  # torch goes on to recommend weights_only=False
-        if not here:
-            why = f"no such file or folder; on the Hub: {why}"
-        if offline:
-            why = "no such file or folder, and the Hugging Face Hub cannot be reached"
-        raise InputError(f"{what}: cannot be read: {why}{hint}") from error
+        why = str(error.__cause__ or error).partition(". ")[0]  # torch advises weights_only=False
+        why = "and the Hugging Face Hub cannot be reached" if offline else why
+        problem = "cannot be read:" if here else "no such file or folder,"
+        raise InputError(f"{what}: {problem} {why}{hint}") from error
 
-@cache
 def hub_answers():
-    """Whether the Hugging Face Hub can be reached, asked once, for 10 s at most. If not, its
-    libraries look into their caches alone from then on, instead of trying again for minutes."""
+    """Whether the Hugging Face Hub can be reached, found out within 10 s. If not, its libraries
+    look into their caches alone from then on, instead of trying again for minutes."""
     from huggingface_hub import constants, get_session
     try:  # in a thread, as the look-up of a host's name has no time limit of its own
         head = ThreadPool(1).apply_async(get_session().head, [constants.ENDPOINT], {"timeout": 8})
@@ -1117,35 +1099,25 @@ def run(main, hint=""):
     try:
         with on_signals(interrupt):
             main()
-        if WORLD_SIZE > 1:
-            total(torch.zeros(1))  # one that ended before the first has saved would end that, too
-            sys.stdout.flush()
-            os._exit(0)  # a thread of gloo that is late aborts a Python that ends as usual
-        return
-    except BrokenPipeError:  # the reader of the output, such as head, has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        sys.exit(1)
+        if WORLD_SIZE == 1:
+            return
+        total(torch.zeros(1))  # one that ended before the first has saved would end that, too
+        os._exit(0)  # a thread of gloo that is late aborts a Python that ends as usual
     except KeyboardInterrupt as error:
         number, state = error.args or (signal.SIGINT, "interrupted")
         message, code = state + hint, 128 + number
-        if RANK or (WORLD_SIZE > 1 and (number, state) == (signal.SIGTERM, "interrupted")):
-            sys.exit(code)  # so torchrun ends its processes when one has failed and said why
     except (InputError, UnicodeError, ImportError) as error:
         message, code = str(error), 2
     except OSError as error:  # a full disk, a folder that cannot be written
         message, code = str(error), 1
     except (MemoryError, RuntimeError) as error:
-        text = str(error)
-        if WORLD_SIZE > 1 and re.search("gloo|NCCL", text):
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(10)  # the process that failed has said why, and torchrun now ends this one
-            message, code = f"no connection to the other processes: {text}", 1
-        elif isinstance(error, MemoryError) or re.search("(out of|allocate|enough) memory", text):
-            message, code = "out of memory; in training, halve --batch-size and double " \
-                            "--accum-steps: the same updates; in writing, fewer stories at once", 2
-        else:
+        message, code = "out of memory: halve --batch-size and double --accum-steps", 2
+        if WORLD_SIZE > 1 and re.search("gloo|NCCL", str(error)):
+            message, code = f"no connection to the other processes: {error}", 1
+            time.sleep(10)  # the one that failed has said why, and torchrun ends this one
+        elif not (isinstance(error, MemoryError) or re.search("(of|ate|gh) memory", str(error))):
             raise
-    if dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0":  # else all say the same
+    if RANK == 0 or (dist.is_initialized() and code < 128):  # what all know one of them says
         print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
 
@@ -1159,21 +1131,19 @@ def on_signals(handle):
     def handler(number, _frame):
         signal.signal(number, signal.SIG_DFL)
         handle(number)
-        message = b"\nstopping after this step, to save it; once more: at once\n"
         try:
-            os.write(2, b"" if RANK else message)
+            os.write(2, b"" if RANK else b"\nstopping after this step; once more: at once\n")
         except OSError:  # the terminal has gone, and nothing may fail for that now
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
     numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
-    heeded = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
-    for number in heeded:
-        signal.signal(number, handler)
+    heeded = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, handler) for number in heeded}
     try:
         yield
     finally:
-        for number, before in heeded.items():
-            signal.signal(number, before)
+        for number, old in before.items():
+            signal.signal(number, old)
 
 @contextmanager
 def locked(folder):
@@ -1184,8 +1154,8 @@ def locked(folder):
         with FileLock(folder / ".lock", blocking=False) if RANK == 0 else nullcontext():
             yield
     except Timeout:
-        raise InputError(f"{folder}: another run is writing there; give this one other "
-                         "--checkpoints and --plots") from None
+        way_out = "give this one other --checkpoints and --plots"
+        raise InputError(f"{folder}: another run is writing there; {way_out}") from None
 
 def pick_device(device, precision):
     """(device, precision) for auto: cuda, mps or cpu; bf16 where the hardware multiplies it fast,
@@ -1193,32 +1163,26 @@ def pick_device(device, precision):
     n_gpus, n_processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     mps = torch.backends.mps.is_available() and n_processes == 1
     there = {"cuda": n_gpus >= n_processes, "mps": mps, "cpu": True}
-    if device == "auto":
-        device = next(name for name in there if there[name])
+    device = next(name for name in there if there[name]) if device == "auto" else device
     rule = f"not for {n_processes} processes here, where PyTorch finds {n_gpus} GPUs; use cpu"
     require(there[device], "device", device, rule)
     require(precision != "fp16" or device == "cuda", "precision", precision, f"not on {device}")
-    has = torch.cpu.get_capabilities() if device == "cpu" else {}
-    bf16 = has.get("avx512_bf16") or has.get("amx_bf16")
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    if precision == "auto":
-        precision = "bf16" if bf16 else "fp16" if device == "cuda" else "fp32"
-    if device == "cuda" and precision != "fp32":
-        torch.set_float32_matmul_precision("high")  # TF32 for products that stay fp32, in evaluate
-    if device == "cpu":  # despite its name: attention with dropout then stays in bf16
+        torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")  # or TF32
+        best = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    else:
+        has = torch.cpu.get_capabilities() if device == "cpu" else {}
+        best = "bf16" if has.get("avx512_bf16") or has.get("amx_bf16") else "fp32"
+        # Despite its name: attention with dropout on a CPU then stays in bf16.
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
-    return device, precision
+    return device, best if precision == "auto" else precision
 
 def start_processes(device):
     """Let the processes of torchrun, if there are some, exchange tensors."""
     if WORLD_SIZE > 1:
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-        try:
-            dist.init_process_group(backend, timeout=timedelta(hours=6))  # a download takes long
-        except ValueError as error:
-            raise InputError(f"WORLD_SIZE is set, but not by torchrun: {error}") from error
+        dist.init_process_group(backend, timeout=timedelta(hours=6))  # a download takes long
 
 def total(tensor):
     """The sum of a tensor over all processes, in its place."""
