@@ -613,8 +613,8 @@ def train(model, train_set, test_set, settings, record, last, precision):
     test_loader = make_loader(test_set.ids, share(test_batches))
     learner = make_learner(model, next(iter(test_loader)), settings, autocast)
     windows = step_batches(train_set.lengths, settings, record["step"])
-    say("stories    {train_stories:,} to train, {test_stories:,} to test, of {stories:,} from {source};"
-        " dropped {empty:,} empty ones and {duplicates:,} duplicates\n"
+    say("stories    {train_stories:,} to train, {test_stories:,} to test, of {stories:,} from {source}"
+        "; dropped {empty:,} empty ones and {duplicates:,} duplicates\n"
         "tokens     {train_tokens:,} to train; of all, {tokens_cut:,} were cut off\n"
         "model      {0:.1f} M parameters, on {1} x {2} in {3}; {4:,} steps".format(
             record["parameters"] / 1e6, WORLD_SIZE, device, precision, n_steps, **record["data"]))
@@ -818,12 +818,17 @@ def load_checkpoint(name, device="cpu", fold=True, **changes):
         for key, usual in GPT2_MATH.items():
             if values.get(key, usual) != usual:
                 raise ValueError(f"{key} is {values[key]}, and only {usual} is known here")
+        if not 0 < values.get("n_layer", 12) < 1000:
+            raise ValueError(f"n_layer is {values['n_layer']}")
         for key in ("auto_map", "task_specific_params"):  # a stranger's code and habits
             values.pop(key, None)
         values |= {"architectures": ["GPT2LMHeadModel"], "dtype": "float32"} | changes
         config = GPT2Config(**values)
         options = {"use_safetensors": True, "output_loading_info": True}
-        theirs, report = GPT2LMHeadModel.from_pretrained(name, config=config, **options)
+        try:
+            theirs, report = GPT2LMHeadModel.from_pretrained(name, config=config, **options)
+        except RuntimeError as error:
+            raise ValueError("its weights are not of the sizes in its config.json") from error
         strange = [*report["missing_keys"], *report["unexpected_keys"]]
         if strange := [key for key in strange if not key.endswith("attn.masked_bias")]:
             raise ValueError(f"missing or unknown tensors, such as {min(strange)}")
@@ -862,7 +867,7 @@ def read_last(settings):
     path = Path(settings.checkpoints, "last.pt")
     if settings.overwrite or not (path.exists() or saved_epochs(path.parent)):
         return None
-    with reading(path, path, "; --overwrite starts over"):
+    with reading(path.parent, path, "; --overwrite starts over"):
         with zipfile.ZipFile(path) as archive:  # whose checksums torch.load does not look at
             if damaged := archive.testzip():
                 raise ValueError(f"{damaged} is damaged")
@@ -993,8 +998,7 @@ def main(argv=None):
         record = new_record(settings, data | {"source": source}, model, before)
         for stale in (*saved_epochs(folder), folder / "last.pt") if settings.overwrite else ():
             remove(stale)
-        has_own = tokens_in((train_set, test_set), model.config.vocab_size)
-        model.fold(has_own | bool(base))  # whose rows all differ
+        model.fold(tokens_in((train_set, test_set), model.config.vocab_size) | bool(base))
         train(model.to(device), train_set, test_set, settings, record, last, precision)
         say(result(record))
 
@@ -1099,10 +1103,13 @@ def run(main, hint=""):
     try:
         with on_signals(interrupt):
             main()
-        if WORLD_SIZE == 1:
+        if not dist.is_initialized():
             return
         total(torch.zeros(1))  # one that ended before the first has saved would end that, too
         os._exit(0)  # a thread of gloo that is late aborts a Python that ends as usual
+    except BrokenPipeError:  # the reader of the output, such as head, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(1)
     except KeyboardInterrupt as error:
         number, state = error.args or (signal.SIGINT, "interrupted")
         message, code = state + hint, 128 + number
@@ -1150,8 +1157,9 @@ def locked(folder):
     """Keep other runs out of a folder. The system ends the lock with its process."""
     from filelock import FileLock, Timeout
     folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.resolve() / ".lock", blocking=False, is_singleton=True)  # of each folder
     try:
-        with FileLock(folder / ".lock", blocking=False) if RANK == 0 else nullcontext():
+        with lock if RANK == 0 else nullcontext():
             yield
     except Timeout:
         way_out = "give this one other --checkpoints and --plots"
