@@ -1,6 +1,6 @@
 """Write stories with a checkpoint of gpt2_tinystories.py.
 
-    python gpt2_generate.py                                 the PROMPTS below, with the newest checkpoint
+    python gpt2_generate.py                                 the PROMPTS below, with the newest epoch
     python gpt2_generate.py --prompt "Tom had a kite" --method sample --num-samples 3
     python gpt2_generate.py --model gpt2 --stop "."         any GPT-2 of the Hub; up to a full stop
     python gpt2_generate.py --interactive                   type beginnings, read stories
@@ -30,18 +30,17 @@ PROMPTS = (
 )
 MODEL = ""  # a checkpoint folder; empty: the newest epoch under checkpoints/
 
+TEXTS = (PROMPTS,) if isinstance(PROMPTS, str) else tuple(PROMPTS or ())
 
 @dataclass(frozen=True)
 class Settings:
-    model: str = flag(str(MODEL or ""), "checkpoint folder or a Hub id; empty: the newest epoch")
-    prompt: tuple = flag(
-        (PROMPTS,) if isinstance(PROMPTS, str) else tuple(PROMPTS or ()), "beginning of a story; can be repeated"
-    )
-    method: Literal["greedy", "sample"] = flag("greedy", "greedy: the likeliest token each time; sample: draw one")
+    model: str = flag(str(MODEL or ""), "checkpoint folder or Hub id; empty: the newest epoch here")
+    prompt: tuple = flag(TEXTS, "beginning of a story; can be repeated")
+    method: Literal["greedy", "sample"] = flag("greedy", "take the likeliest token, or draw one")
     max_length: int = flag(200, "most new tokens of a story")
     temperature: float = flag(1.0, "for sample: below 1 plainer, above 1 wilder")
     top_k: int = flag(0, "for sample: draw from so many likeliest tokens; 0: from all")
-    top_p: float = flag(0.9, "for sample: draw from the fewest tokens with this probability together")
+    top_p: float = flag(0.9, "for sample: from the fewest that together have this probability")
     repetition_penalty: float = flag(1.0, "above 1: tokens that were there become less likely")
     stop: tuple = flag((), "text that ends a story; can be repeated")
     num_samples: int = flag(1, "for sample: stories for each prompt")
@@ -52,26 +51,26 @@ class Settings:
 
     def __post_init__(self):
         check_rules(asdict(self))
+        texts = self.prompt and all(isinstance(text, str) and text.strip() for text in self.prompt)
+        require(texts, "prompt", list(self.prompt), "must be texts, none of them empty")
         for name in ("temperature", "top_k", "top_p", "num_samples", "seed"):
-            value, default = getattr(self, name), getattr(Settings, name)
-            require(self.method == "sample" or value == default, name, value, "needs --method sample")
+            value, is_default = getattr(self, name), getattr(self, name) == getattr(Settings, name)
+            require(self.method == "sample" or is_default, name, value, "needs --method sample")
 
-
-def write_stories(model, prompts, settings):
-    """Print stories for some prompts: each word as soon as it is complete, or with --batch all samples of a prompt."""
+def write_stories(model, prompt, settings):
+    """Print stories: each word as soon as it is complete, or with --batch all of them together."""
     from transformers import TextStreamer
 
-    names = "max_length", "method", "temperature", "top_k", "top_p", "repetition_penalty", "stop"
+    names = "max_length method temperature top_k top_p repetition_penalty stop".split()
     options = {name: getattr(settings, name) for name in names}
-    for prompt in prompts:
-        if settings.batch:
-            texts = generate_text(model, [prompt], num_samples=settings.num_samples, seed=settings.seed, **options)
-            print(*texts, sep="\n\n", end="\n\n", flush=True)
-            continue
-        for seed in range(settings.seed, settings.seed + settings.num_samples):
-            generate_text(model, prompt, seed=seed, streamer=TextStreamer(model.tokenizer), **options)
-            print(flush=True)
-
+    seed, n = settings.seed, settings.num_samples
+    if settings.batch:
+        texts = generate_text(model, [prompt], num_samples=n, seed=seed, **options)
+        print(*texts, sep="\n\n", end="\n\n", flush=True)
+    for i in range(0 if settings.batch else n):
+        streamer = TextStreamer(model.tokenizer)
+        generate_text(model, prompt, seed=seed + i, streamer=streamer, **options)
+        print(flush=True)
 
 def prompts_typed():
     """Yield the prompts that somebody types, up to an empty line or the end of the input."""
@@ -82,21 +81,19 @@ def prompts_typed():
     except EOFError:
         print()
 
-
 def main(argv=None):
     settings = parse(Settings, __doc__, argv)
-    epochs = saved_epochs("checkpoints")
-    if not settings.model and not epochs:
-        raise InputError("no epoch in checkpoints/ yet: train first (python gpt2_tinystories.py), or give --model")
-    model = load_checkpoint(settings.model or epochs[-1], pick_device(settings.device, "fp32")[0])
-    print(f"[{settings.model or epochs[-1]}, {settings.method}]\n")
-    if not settings.interactive:
-        write_stories(model, settings.prompt, settings)
-        return
-    for prompt in prompts_typed():
+    found = settings.model or next(reversed(saved_epochs("checkpoints")), None)
+    if not found:
+        raise InputError("no epoch in checkpoints/ yet: train first (python gpt2_tinystories.py)")
+    model = load_checkpoint(found, pick_device(settings.device, "fp32")[0])
+    print(f"[{found}, {settings.method}]\n")
+    for prompt in prompts_typed() if settings.interactive else settings.prompt:
         try:
-            write_stories(model, [prompt], settings)
+            write_stories(model, prompt, settings)
         except InputError as error:
+            if not settings.interactive:
+                raise
             print(error)
 
 
