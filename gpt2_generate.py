@@ -60,7 +60,6 @@ class Settings:
 def write_stories(model, prompt, settings):
     """Print stories: each word as soon as it is complete, or with --batch all of them together."""
     from transformers import TextStreamer
-
     names = "max_length method temperature top_k top_p repetition_penalty stop".split()
     options = {name: getattr(settings, name) for name in names}
     seed, n = settings.seed, settings.num_samples
