@@ -975,10 +975,11 @@ def main(argv=None):
         if RANK:  # the others wait here, and find what process 0 has downloaded and written
             total(torch.zeros(1))
         base = load_base(settings) if settings.init else None
-        known = before["data"].get("source") == BUILT_IN  # others are not looked for any more
+        known = settings.data == "auto" and before["data"].get("source") == BUILT_IN
         stories, source = load_stories("sample" if known else settings.data, folder / "data")
         train_stories, test_stories, data = split_stories(stories, settings)
-        name = settings.tokenizer.replace("auto", "bpe:4096" if source == BUILT_IN else "gpt2")
+        usual = "bpe:4096" if source == BUILT_IN else "gpt2"
+        name = usual if settings.tokenizer == "auto" else settings.tokenizer
         tokenizer = base.tokenizer if base else load_tokenizer(name, train_stories)
         data["tokenizer"] = digest(tokenizer.backend_tokenizer.to_str())
         key = f"{data['fingerprint']}-{data['tokenizer']}-{settings.n_positions}.arrow"
