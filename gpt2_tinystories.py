@@ -15,7 +15,7 @@ epoch leaves checkpoints/epoch_N, a Hugging Face GPT-2 folder with a sample stor
 same command again continues an interrupted run. python gpt2_generate.py writes stories.
 
 Shapes in the comments: B stories in a batch, T tokens in a story, C = n_embd, H = n_head,
-D = C / H, V = vocab_size, R = rows of the embedding, which stand for V tokens.
+D = C / H, V = vocab_size, R <= V rows of the embedding: tokens of no story share one (GPT.fold).
 """
 
 import argparse
@@ -49,7 +49,8 @@ from tqdm import tqdm
 
 HUB_STORIES, LOCAL_STORIES = "roneneldan/TinyStories", "tinystories_local"
 BUILT_IN, N_BUILT_IN = "built-in stories", 12_000
-END_OF_STORY, IGNORE = "<|endoftext|>", -100  # the latter is the target of padding
+END_OF_STORY = "<|endoftext|>"
+IGNORE = -100  # the target of padding
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RANK = int(os.environ.get("RANK", 0))  # of this process: the first one alone prints and writes
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # processes
@@ -121,7 +122,7 @@ class Settings:
     def __post_init__(self):
         check_rules(asdict(self))
         rule = f"must be a multiple of --n-head {self.n_head} and even, for sines and cosines"
-        fits = self.n_embd % self.n_head == self.n_embd % 2 == 0
+        fits = self.n_embd % self.n_head == 0 and self.n_embd % 2 == 0
         require(fits, "n_embd", self.n_embd, rule)
         for name in ("tokenizer", "n_embd", "n_layer", "n_head", "n_inner", "muon_learning_rate"):
             value, default = getattr(self, name), getattr(Settings, name)
@@ -133,7 +134,8 @@ class Settings:
 
 def load_stories(data, cache_dir):
     """A datasets.Dataset with a column `text`, and the name of its source."""
-    data = default_stories() if data == "auto" else data
+    if data == "auto":
+        data = default_stories()
     if data == "sample":
         return built_in_stories(), BUILT_IN
     with reading(data, f"--data {data}"):
@@ -144,7 +146,7 @@ def load_stories(data, cache_dir):
         kinds = {name: getattr(kind, "dtype", kind) for name, kind in stories.features.items()}
         if kinds.get("text") not in ("string", "large_string"):
             raise ValueError(f"needs a column `text` of strings, has {kinds}")
-    return stories, Path(data).name if Path(data).exists() else data
+    return stories, (Path(data).name if Path(data).exists() else data)
 
 def default_stories():
     """./tinystories_local, downloaded if need be; "sample" where that is not possible."""
@@ -182,7 +184,8 @@ def read_stories(path, cache_dir):
     return load_dataset(kind, data_files=str(path), split="train", cache_dir=cache_dir)
 
 def read_text(path, size, changed):
-    """Yield the stories of a text file, separated by <|endoftext|>; cached until it changes."""
+    """Yield the stories of a text file, separated by <|endoftext|>. Its size and the time of its
+    last change are for the cache of datasets alone."""
     rest = ""
     with open(path, encoding="utf-8") as file:
         while part := file.read(1 << 20):
@@ -196,22 +199,23 @@ def split_stories(stories, settings):
     n_chosen = max(1, round(settings.fraction * len(stories))) if len(stories) else 0
     chosen = stories.select(np.sort(rng.choice(len(stories), n_chosen, replace=False)))
     texts = ((text or "").strip() for rows in chosen.iter(1000) for text in rows["text"])
-    hashes = (int(digest(text), 16) if text else 0 for text in texts)
+    hashes = (int(digest(text.encode()), 16) if text else 0 for text in texts)
     hashes = np.fromiter(hashes, np.uint64, n_chosen)
     _, first = np.unique(hashes, return_index=True)  # the first story of each text
-    kept = rng.permutation(np.sort(first[hashes[first] != 0]))
-    n_test, n_empty = max(1, round(settings.test_fraction * len(kept))), int((hashes == 0).sum())
+    kept = rng.permutation(np.sort(first[hashes[first] != 0]))  # without the empty ones
+    n_test = max(1, round(settings.test_fraction * len(kept)))
+    n_empty = int((hashes == 0).sum())
     require(n_test < len(kept), "data", settings.data, f"{len(stories)} stories, of which "
             f"--fraction {settings.fraction} leaves {len(kept)}: too few to train and test "
             f"(--fraction 1 takes all; a .txt needs {END_OF_STORY} between)")
     test, train = np.sort(kept[:n_test]), np.sort(kept[n_test:])
     counts = {"stories": len(stories), "train_stories": len(train), "test_stories": n_test,
               "empty": n_empty, "duplicates": n_chosen - n_empty - len(kept),
-              "fingerprint": digest(str(hashes[np.concatenate((train, test))].tobytes()))}
+              "fingerprint": digest(hashes[np.concatenate((train, test))].tobytes())}
     return chosen.select(train), chosen.select(test), counts
 
-def digest(text):
-    return blake2b(text.encode(), digest_size=8).hexdigest()
+def digest(content):
+    return blake2b(content, digest_size=8).hexdigest()
 
 def load_tokenizer(name, stories=None):
     """A Hugging Face tokenizer, by Hub id or folder; bpe:SIZE trains one like GPT-2's."""
@@ -219,7 +223,7 @@ def load_tokenizer(name, stories=None):
     if name.startswith("bpe:"):
         size = int(name[4:]) if name[4:].isdecimal() else 0
         require(size > 256, "tokenizer", name, "needs a size above 256, the number of bytes")
-        # Of a story 10,000 characters: the time goes with the square of a word's length.
+        # Of a story 10,000 characters at most: a very long word takes quadratic time.
         texts = ([text[:10_000] for text in rows["text"]] for rows in stories.iter(1000))
         return GPT2Tokenizer().train_new_from_iterator(texts, size, show_progress=False)
     with reading(name, f"--tokenizer {name}"):
@@ -236,7 +240,7 @@ def encode(tokenizer, texts):
 
 class Tokens(NamedTuple):
     ids: Any  # a memory-mapped Arrow column of the ids of each story
-    lengths: np.ndarray  # number of targets of each story: of its ids but the first
+    lengths: np.ndarray  # number of targets of each story: its ids but the first
     n_cut: int  # tokens that were cut off, of all stories
 
 def encode_stories(stories, tokenizer, n_positions, file):
@@ -273,17 +277,19 @@ def epoch_batches(lengths, batch_size, seed, epoch):
 
 def step_batches(lengths, settings, first_step=0):
     """Yield the batches of each optimizer step, of all processes, from first_step on."""
-    n_batches, per_step = -(-len(lengths) // settings.batch_size), settings.accum_steps * WORLD_SIZE
-    n_epochs, n_steps = divmod(first_step, math.ceil(n_batches / per_step))
-    for epoch in count(n_epochs + 1):
+    n_batches = math.ceil(len(lengths) / settings.batch_size)
+    per_step = settings.accum_steps * WORLD_SIZE
+    epochs_done, steps_done = divmod(first_step, math.ceil(n_batches / per_step))
+    for epoch in count(epochs_done + 1):
         batches = epoch_batches(lengths, settings.batch_size, settings.seed, epoch)
-        for first in range(n_steps * per_step, n_batches, per_step):
+        for first in range(steps_done * per_step, n_batches, per_step):
             yield batches[first : first + per_step]
-        n_steps = 0
+        steps_done = 0
 
 def pad_batch(stories):
-    """(input_ids, targets), both (B, T): the ids, and the same moved by one. Padding is masked by
-    length: the <|endoftext|> that ends a story is a target. No stories make a token of padding."""
+    """(input_ids, targets), both (B, T): the ids, and the same moved by one. The target of padding
+    is IGNORE; the <|endoftext|> that ends a story is a real one. No stories become one token of
+    padding."""
     stories = [torch.from_numpy(story.values.to_numpy().astype(np.int64)) for story in stories]
     stories = stories or [torch.full((2,), IGNORE)]
     ids = nn.utils.rnn.pad_sequence(stories, batch_first=True, padding_value=IGNORE)
@@ -310,7 +316,7 @@ class CausalSelfAttention(nn.Module):
         q, k, v = x.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
         if cache:
             k, v = torch.cat((cache["k"], k), dim=2), torch.cat((cache["v"], v), dim=2)
-        if cache is not None:
+        if cache is not None:  # one that is empty at first
             cache.update(k=k, v=v)
         # With a filled cache T is 1, and the one new token may look at everything.
         dropout_p = self.attn_pdrop if self.training else 0.0
@@ -340,7 +346,8 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 class GPT(nn.Module):
-    """GPT-2. config: a transformers.GPT2Config; tokenizer: for generate_text."""
+    """GPT-2, but for its positions, which are a fixed sinusoid, and its head, which is not tied.
+    config: a transformers.GPT2Config; tokenizer: for generate_text."""
 
     def __init__(self, config, tokenizer=None):
         super().__init__()
@@ -359,22 +366,22 @@ class GPT(nn.Module):
                 nn.init.zeros_(weight)
             elif weight.dim() == 2:  # what the blocks add up is scaled down
                 nn.init.normal_(weight, std=std / math.sqrt(n_added if "c_proj" in name else 1))
-        # Scaled to 3 std, the sinusoid is not drowned by token embeddings that grow.
+        # A sine has a root mean square of 1 / sqrt(2); at 3 std, embeddings do not drown it.
         position = 3 * math.sqrt(2) * std * sinusoid(config.n_positions, config.n_embd)
         self.transformer.wpe.weight = nn.Parameter(position, requires_grad=False)
-        self.fold(torch.ones(config.vocab_size, dtype=torch.bool, device="cpu"))
+        self.fold(torch.ones(config.vocab_size, dtype=torch.bool, device="cpu"))  # a row for each
 
     def fold(self, has_own):
-        """Keep a row of wte and lm_head for each token of has_own, a mask (V,) on the CPU, and one
-        for all others, the first one's: in training on stories that have none of them, equal rows
-        stay equal. To be called while each token has a row."""
+        """Let the tokens outside has_own, a mask (V,) on the CPU, share one row of wte and lm_head,
+        that of the first of them. No story has them, so training treats them all alike: rows that
+        are equal stay equal. To be called once, before training."""
         kept = torch.cat((has_own.nonzero(), (~has_own).nonzero()[:1])).flatten()
         row = torch.where(has_own, has_own.cumsum(0) - 1, len(kept) - 1)
         self.n_shared = max(1, int((~has_own).sum()))
         log_n = self.lm_head.weight.new_zeros(len(kept))
         log_n[-1] = math.log(self.n_shared)
         self.register_buffer("row", row, persistent=False)  # (V,), of each token
-        self.register_buffer("log_n", log_n, persistent=False)  # (R,), of the tokens of each row
+        self.register_buffer("log_n", log_n, persistent=False)  # (R,), of a row's tokens
         for layer in (self.transformer.wte, self.lm_head):
             layer.weight = nn.Parameter(layer.weight.detach()[kept])
         if self.config.tie_word_embeddings:
@@ -389,7 +396,8 @@ class GPT(nn.Module):
         n_positions; given targets (B, T), cross-entropy in nats and number of right guesses, both
         summed over the real tokens. cache, at first a list of an empty dict for each layer, lets
         the next call go on with one more token; then the logits are those after the last one."""
-        gpt, seen = self.transformer, cache[0]["k"].size(2) if cache and cache[0] else 0
+        gpt = self.transformer
+        seen = cache[0]["k"].size(2) if cache and cache[0] else 0
         positions = torch.arange(seen, seen + input_ids.size(1), device=input_ids.device)
         x = gpt.drop(gpt.wte(self.row[input_ids]) + gpt.wpe(positions))  # (B, T, C)
         for i, block in enumerate(gpt.h):
@@ -400,8 +408,9 @@ class GPT(nn.Module):
         is_real = targets != IGNORE
         target = self.row[targets * is_real]
         log_n = self.log_n[target]
-        right = (logits.argmax(-1) == target) & is_real & (log_n == 0)  # else no single token
-        # A row of n tokens has n terms in the softmax's denominator, each token an n-th of it.
+        right = (logits.argmax(-1) == target) & is_real & (log_n == 0)  # a shared row is no guess
+        # n tokens of one logit z add n exp(z) = exp(z + log n) to the softmax's denominator, and
+        # each of them has an n-th of that probability.
         logits = (logits + self.log_n).flatten(0, 1)
         loss = F.cross_entropy(logits, target.flatten(), reduction="none").view_as(target) + log_n
         return (loss * is_real).sum(), right.sum()
@@ -478,7 +487,7 @@ def continue_ids(model, ids, numbers, stop=(), streamer=None, **sampling):
     tokens = inputs = torch.tensor([ids] * len(numbers), device=model.device)  # (B, T)
     n_positions, end = model.config.n_positions, model.tokenizer.eos_token_id
     cache, lengths = [{} for _ in model.transformer.h], {}
-    n_bytes = max((len(text.encode()) for text in stop), default=0)  # a token has one at least
+    n_bytes = max((len(text.encode()) for text in stop), default=0)  # no stop has more tokens
     if streamer:
         streamer.put(tokens.cpu())
     with evaluation_mode(model):
@@ -500,7 +509,7 @@ def continue_ids(model, ids, numbers, stop=(), streamer=None, **sampling):
                 inputs, cache = tokens[:, -(n_positions // 2) :], [{} for _ in cache]
     if streamer:
         streamer.end()
-    return [row[: lengths.get(i)] for i, row in enumerate(tokens.tolist())]
+    return [row[: lengths.get(i)] for i, row in enumerate(tokens.tolist())]  # None: whole
 
 def next_ids(logits, tokens, numbers, method, temperature, top_k, top_p, repetition_penalty):
     """Ids (B, 1) after tokens (B, T), from logits (B, V) and random numbers (B, 1). The penalty is
@@ -511,7 +520,7 @@ def next_ids(logits, tokens, numbers, method, temperature, top_k, top_p, repetit
     if method == "greedy":
         return logits.argmax(-1, keepdim=True)
     sums = next_probabilities(logits, temperature, top_k, top_p).float().cumsum(-1)
-    return torch.searchsorted(sums, numbers * sums[:, -1:], right=True)  # the first larger one
+    return torch.searchsorted(sums, numbers * sums[:, -1:], right=True)  # the first larger sum
 
 def next_probabilities(logits, temperature, top_k, top_p):
     """Probabilities (B, V) from logits (B, V): temperature, then the top_k likeliest, then the
@@ -532,7 +541,7 @@ def next_probabilities(logits, temperature, top_k, top_p):
 
 def make_optimizers(model, settings, dtype):
     """AdamW, at ten times the rate for embedding and head, and Muon for the layers' matrices, with
-    products in dtype. With --init AdamW alone, at one rate: it has made those weights."""
+    products in dtype. With --init AdamW alone, at one rate, as it has trained those weights."""
     def group(weights, rate, decay=settings.weight_decay):
         return {"params": list(weights), "lr": rate, "peak_lr": rate, "weight_decay": decay}
 
@@ -543,7 +552,8 @@ def make_optimizers(model, settings, dtype):
         return [torch.optim.AdamW([matrices, vectors], **options)]
     outer = group((model.transformer.wte.weight, model.lm_head.weight), 10 * rate)
     blocks = ([w for w in block.parameters() if w.dim() == 2] for block in model.transformer.h)
-    inner = [group(same, settings.muon_learning_rate) for same in zip(*blocks, strict=True)]
+    alike = zip(*blocks, strict=True)  # the same matrix of every layer
+    inner = [group(weights, settings.muon_learning_rate) for weights in alike]
     return [torch.optim.AdamW([outer, vectors], **options), Muon(inner, dtype)]
 
 def schedule(step, n_steps, warmup_steps):
@@ -570,27 +580,28 @@ class Muon(torch.optim.Optimizer):
             gradients = [weight.grad for weight in weights]
             momenta = [self.state[weight]["momentum"] for weight in weights]
             torch._foreach_lerp_(momenta, gradients, 0.05)
-            ahead = torch._foreach_lerp(gradients, momenta, 0.95)  # as Nesterov does
+            ahead = torch._foreach_lerp(gradients, momenta, 0.95)  # Nesterov: one step ahead
             updates = orthogonalize(torch.stack(ahead), self.dtype).to(weights[0].dtype)
             rate = group["lr"] * math.sqrt(max(1, n_out / n_in))
             torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(weights, updates.unbind(), alpha=-rate)
 
-# Each (a, b, c) is the polynomial a s + b s^3 + c s^5 that brings the values s, which the one
-# before it leaves of [0.001, 1], closest to 1 (Amsel et al., "The Polar Express", 2025), stretched
-# by 2 % against rounding. The last is taken 0.85 times: with that, models learn a little better.
+# For each iteration (a, b, c): a s + b s^3 + c s^5 pushes singular values s towards 1, all those
+# from 0.001 on (Amsel et al., "The Polar Express", 2025), with 2 % to spare for rounding. The last
+# is scaled by 0.85: with that, models learn a little better.
 POLAR_EXPRESS = ((8.3042, -23.6599, 16.8731), (4.1026, -2.9311, 0.5262),
                  (3.8958, -2.7935, 0.5115), (2.7758, -2.0060, 0.3958))
 
 def orthogonalize(x, dtype):
-    """Matrices (L, M, N) with the singular vectors of x and singular values between 0.36 and 1.33,
-    but for those below 0.001 of the norm, which are made at most 400 times as large."""
+    """Matrices (L, M, N) with the singular vectors of x and singular values between 0.36 and 1.33.
+    Those below 0.001 of the norm are made at most 400 times as large."""
     if x.size(1) > x.size(2):
         return orthogonalize(x.mT, dtype).mT
     x = (x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=1e-30)).to(dtype)
     for a, b, c in POLAR_EXPRESS:
         gram = torch.bmm(x, x.mT)
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b G + c G^2
+        x = torch.baddbmm(x, polynomial, x, beta=a)
     return x
 
 
@@ -603,7 +614,7 @@ def train(model, train_set, test_set, settings, record, last, precision):
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     optimizers = make_optimizers(model, settings, DTYPES[precision])
     metrics = torch.zeros(n_steps, 5, device=device)  # loss, right, norm, tokens, seconds of steps
-    state = {"model": model, "scaler": scaler} | dict(enumerate(optimizers))
+    state = {"model": model, "scaler": scaler} | dict(enumerate(optimizers))  # of last.pt
     if last:
         say(f"continuing the interrupted run from its last save, after step {record['step']:,}")
         metrics[: record["step"]] = last["metrics"]
@@ -612,20 +623,21 @@ def train(model, train_set, test_set, settings, record, last, precision):
     test_batches = epoch_batches(test_set.lengths, settings.batch_size, settings.seed, 0)
     test_loader = make_loader(test_set.ids, share(test_batches))
     learner = make_learner(model, next(iter(test_loader)), settings, autocast)
-    windows = step_batches(train_set.lengths, settings, record["step"])
-    say("stories    {train_stories:,} to train, {test_stories:,} to test, of {stories:,} from {source}"
-        "; dropped {empty:,} empty ones and {duplicates:,} duplicates\n"
-        "tokens     {train_tokens:,} to train; of all, {tokens_cut:,} were cut off\n"
-        "model      {0:.1f} M parameters, on {1} x {2} in {3}; {4:,} steps".format(
-            record["parameters"] / 1e6, WORLD_SIZE, device, precision, n_steps, **record["data"]))
+    steps = step_batches(train_set.lengths, settings, record["step"])
+    data, size = record["data"], f"{record['parameters'] / 1e6:.1f} M parameters"
+    say(f"stories    {data['train_stories']:,} to train, {data['test_stories']:,} to test, of "
+        f"{data['stories']:,} from {data['source']}; dropped {data['empty']:,} empty ones and "
+        f"{data['duplicates']:,} duplicates\ntokens     {data['train_tokens']:,} to train; of all, "
+        f"{data['tokens_cut']:,} were cut off\nmodel      {size}, on {WORLD_SIZE} x {device} in "
+        f"{precision}; {n_steps:,} steps")
     bar = tqdm(total=n_steps, initial=record["step"], disable=RANK > 0, leave=False,
                dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 60)
     signals, saved = [], time.monotonic()
+    then = saved  # when the step before ended
     with bar, on_signals(signals.append):
-        then = saved
-        for step in range(record["step"], n_steps + 1):
+        for step in range(record["step"], n_steps + 1):  # once more, to finish the last epoch
             if step == end_of_epoch(record):
-                with on_signals(interrupt):  # at once; when the run goes on, this is done again
+                with on_signals(interrupt):  # at once: what is saved goes on with this evaluation
                     finish_epoch(model, test_loader, settings, record, metrics)
                 save_last(folder, step, record, state, metrics)
                 then = time.monotonic()
@@ -635,15 +647,16 @@ def train(model, train_set, test_set, settings, record, last, precision):
             torch.manual_seed((settings.seed * 1_000_003 + step) * WORLD_SIZE + RANK)
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = group["peak_lr"] * schedule(step, n_steps, settings.warmup_steps)
-            window = next(windows)
-            n_tokens = sum(int(train_set.lengths[batch].sum()) for batch in window)
-            batches = [pad_batch([train_set.ids[i] for i in batch]) for batch in share(window)]
+            of_all = next(steps)
+            n_tokens = sum(int(train_set.lengths[batch].sum()) for batch in of_all)
+            batches = [pad_batch([train_set.ids[i] for i in batch]) for batch in share(of_all)]
             loss, right = total(backward(learner, batches, n_tokens, autocast, scaler))
-            norm, now = update(model, optimizers, settings.grad_clip, scaler), time.monotonic()
+            norm = update(model, optimizers, settings.grad_clip, scaler)
             metrics[step, :3] = torch.stack((loss, right, norm))
-            metrics[step, 3], metrics[step, 4], then = n_tokens, now - then, now
-            flags = torch.tensor([len(signals), now - saved > 60 * settings.save_every])
-            stop, due = total(flags).tolist()
+            now = time.monotonic()
+            metrics[step, 3], metrics[step, 4] = n_tokens, now - then
+            then, due = now, now - saved > 60 * settings.save_every
+            stop, due = total(torch.tensor([len(signals), due])).tolist()
             due = due or stop or step + 1 == end_of_epoch(record)
             if due or (step + 1) % record["steps_per_point"] == 0:
                 check_and_show(metrics[: step + 1], record, bar)
@@ -663,22 +676,22 @@ def backward(learner, batches, n_tokens, autocast=None, scaler=None):
         if learner.device.type == "cuda":
             batch = [tensor.pin_memory() for tensor in batch]
         input_ids, targets = (tensor.to(learner.device, non_blocking=True) for tensor in batch)
-        alone = isinstance(learner, DistributedDataParallel) and i < len(batches) - 1
-        with learner.no_sync() if alone else nullcontext():  # gradients are exchanged with the last
+        more = isinstance(learner, DistributedDataParallel) and i < len(batches) - 1
+        with learner.no_sync() if more else nullcontext():  # gradients are exchanged with the last
             with autocast or nullcontext():
                 loss, right = learner(input_ids, targets)
-            mean = loss * (WORLD_SIZE / n_tokens)  # of which DistributedDataParallel takes the mean
+            mean = loss * (WORLD_SIZE / n_tokens)  # as the exchange divides by WORLD_SIZE
             (scaler.scale(mean) if scaler else mean).backward()
         sums = sums + torch.stack((loss.detach(), right))
     return sums
 
 def update(model, optimizers, grad_clip, scaler):
-    """Clip the gradients, take a step, clear them. Returns their norm; 0 where it is too large for
-    fp16, and skipped, as long as the scale can be reduced."""
+    """Clip the gradients, take a step, clear them. Returns their norm. In fp16 it may overflow: the
+    step is skipped, and the norm 0, as long as the scale can be reduced."""
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
-    # The head's last row has the sum of the gradients of n tokens, whose rows are equal, and so are
-    # their gradients: divided by sqrt(n), it has the norm of all; divided by n, it is one of them.
+    # The gradient of the shared row is the sum of those of n equal rows. Divided by sqrt(n), it has
+    # the norm of all of these, for clipping; by sqrt(n) again, it is that of one of them.
     shared = model.lm_head.weight.grad[-1]
     shared /= math.sqrt(model.n_shared)
     norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
@@ -704,11 +717,11 @@ def make_learner(model, batch, settings, autocast):
         model.zero_grad()
     if WORLD_SIZE > 1:
         learner = DistributedDataParallel(learner, gradient_as_bucket_view=True)
-        learner.broadcast_buffers = False  # they never change
+        learner.broadcast_buffers = False  # row and log_n never change
     return learner
 
 def end_of_epoch(record):
-    """The step at which the first epoch ends that is not in the record."""
+    """The step after which the present epoch is over."""
     return min((len(record["epochs"]) + 1) * record["steps_per_epoch"], record["steps"])
 
 def check_and_show(metrics, record, bar):
@@ -839,12 +852,13 @@ def load_checkpoint(name, device="cpu", fold=True, **changes):
         config.tie_word_embeddings = theirs.lm_head.weight is theirs.transformer.wte.weight
         model = GPT(config, load_tokenizer(str(name)))
         model.load_state_dict(weights)
-    model.fold(~equal_rows(model) if fold else model.row >= 0)
+    if fold:
+        model.fold(~equal_rows(model))
     return model.to(device).eval()
 
 def equal_rows(model):
-    """The tokens, a mask (V,), whose rows of embedding and head equal those of one of them: of one
-    that has the most frequent first number in its row of the head, as folded tokens have."""
+    """A mask (V,) of the tokens that may share a row: they make the first number of their row of
+    the head the most frequent one. Of one that has it, all that have the same rows."""
     layers, values = (model.transformer.wte, model.lm_head), model.lm_head.weight[:, 0]
     first = (values == values.mode().values).nonzero()[0]
     return torch.stack([(layer.weight == layer.weight[first]).all(1) for layer in layers]).all(0)
@@ -857,8 +871,8 @@ def save_last(folder, step, record, state, metrics):
         with whole_or_absent(folder / "last.pt") as path, open(path, "wb") as file:
             torch.save(last | {"record": record, "metrics": metrics[:step].clone()}, file)
 
-# The settings that may differ when a run goes on: of the stories and the tokenizer their contents
-# are compared, and of accum_steps the product with the number of processes.
+# What may differ when a run goes on. Stories and tokenizer are compared by their contents instead,
+# accum_steps as its product with the number of processes.
 FREE = {"data", "tokenizer", "accum_steps", "save_every", "device", "precision", "compile",
         "checkpoints", "plots", "overwrite", "prompt"}
 
@@ -890,6 +904,11 @@ def saved_epochs(folder):
     """The folders of the epochs in a checkpoints folder, in their order."""
     epochs = [path for path in Path(folder).glob("*") if re.fullmatch(r"epoch_\d+", path.name)]
     return sorted(epochs, key=lambda path: int(path.name[6:]))
+
+def remove_run(folder):
+    for path in (*saved_epochs(folder), folder / "last.pt"):
+        if RANK == 0:
+            remove(path)
 
 @contextmanager
 def whole_or_absent(path):
@@ -972,34 +991,33 @@ def main(argv=None):
         if before["epochs"] and before["epochs"][-1]["step"] == before["steps"]:
             say(f"{folder} holds this run, and it is finished; {result(before)}")
             return
-        if RANK:  # the others wait here, and find what process 0 has downloaded and written
-            total(torch.zeros(1))
-        base = load_base(settings) if settings.init else None
+        wait(RANK > 0)  # until process 0 has downloaded and written what all need
+        model = load_base(settings) if settings.init else None
         known = settings.data == "auto" and before["data"].get("source") == BUILT_IN
         stories, source = load_stories("sample" if known else settings.data, folder / "data")
         train_stories, test_stories, data = split_stories(stories, settings)
         usual = "bpe:4096" if source == BUILT_IN else "gpt2"
         name = usual if settings.tokenizer == "auto" else settings.tokenizer
-        tokenizer = base.tokenizer if base else load_tokenizer(name, train_stories)
-        data["tokenizer"] = digest(tokenizer.backend_tokenizer.to_str())
-        key = f"{data['fingerprint']}-{data['tokenizer']}-{settings.n_positions}.arrow"
-        kind = tokenizer, settings.n_positions
-        train_set = encode_stories(train_stories, *kind, folder / f"data/train-{key}")
-        test_set = encode_stories(test_stories, *kind, folder / f"data/test-{key}")
+        tokenizer = model.tokenizer if model else load_tokenizer(name, train_stories)
+        data["tokenizer"] = digest(tokenizer.backend_tokenizer.to_str().encode())
+        n_positions = settings.n_positions
+        key = f"{data['fingerprint']}-{data['tokenizer']}-{n_positions}.arrow"
+        train_file, test_file = folder / f"data/train-{key}", folder / f"data/test-{key}"
+        train_set = encode_stories(train_stories, tokenizer, n_positions, train_file)
+        test_set = encode_stories(test_stories, tokenizer, n_positions, test_file)
         data["train_tokens"] = int(train_set.lengths.sum())
         data["tokens_cut"] = train_set.n_cut + test_set.n_cut
-        if RANK == 0:
-            total(torch.zeros(1))
+        wait(RANK == 0)  # now the others
         require_same(data)
-        if last:
-            refuse_changes(before["data"], data, folder)
+        refuse_changes(before["data"] or data, data, folder)
         torch.manual_seed(settings.seed)
-        model = base or GPT(model_config(settings, tokenizer), tokenizer)
+        model = model or GPT(model_config(settings, tokenizer), tokenizer)
         encode_prompt(model, settings.prompt)  # better refused now than after an epoch
         record = new_record(settings, data | {"source": source}, model, before)
-        for stale in (*saved_epochs(folder), folder / "last.pt") if settings.overwrite else ():
-            remove(stale)
-        model.fold(tokens_in((train_set, test_set), model.config.vocab_size) | bool(base))
+        if not settings.init:  # whose rows all differ
+            model.fold(tokens_in((train_set, test_set), model.config.vocab_size))
+        if settings.overwrite:
+            remove_run(folder)
         train(model.to(device), train_set, test_set, settings, record, last, precision)
         say(result(record))
 
@@ -1106,7 +1124,7 @@ def run(main, hint=""):
             main()
         if not dist.is_initialized():
             return
-        total(torch.zeros(1))  # one that ended before the first has saved would end that, too
+        wait(True)  # a process that ended now would end process 0, which may still be saving
         os._exit(0)  # a thread of gloo that is late aborts a Python that ends as usual
     except BrokenPipeError:  # the reader of the output, such as head, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -1119,13 +1137,14 @@ def run(main, hint=""):
     except OSError as error:  # a full disk, a folder that cannot be written
         message, code = str(error), 1
     except (MemoryError, RuntimeError) as error:
+        no_memory = "out of memory|allocate memory|enough memory"
         message, code = "out of memory: halve --batch-size and double --accum-steps", 2
         if WORLD_SIZE > 1 and re.search("gloo|NCCL", str(error)):
             message, code = f"no connection to the other processes: {error}", 1
             time.sleep(10)  # the one that failed has said why, and torchrun ends this one
-        elif not (isinstance(error, MemoryError) or re.search("(of|ate|gh) memory", str(error))):
+        elif not (isinstance(error, MemoryError) or re.search(no_memory, str(error))):
             raise
-    if RANK == 0 or (dist.is_initialized() and code < 128):  # what all know one of them says
+    if RANK == 0 or (dist.is_initialized() and code < 128):  # else all say the same
         print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
 
@@ -1158,7 +1177,7 @@ def locked(folder):
     """Keep other runs out of a folder. The system ends the lock with its process."""
     from filelock import FileLock, Timeout
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.resolve() / ".lock", blocking=False, is_singleton=True)  # of each folder
+    lock = FileLock(folder.resolve() / ".lock", blocking=False, is_singleton=True)
     try:
         with lock if RANK == 0 else nullcontext():
             yield
@@ -1206,6 +1225,11 @@ def require_same(data):
         dist.all_gather_object(found, data)
     if any(each != data for each in found):
         raise InputError("the processes have found different stories: they need the same folders")
+
+def wait(here):
+    """If here, wait until all other processes wait, too, here or elsewhere."""
+    if here:
+        total(torch.zeros(1))
 
 def share(batches):
     """The batches of this process. Each process has as many: some get an empty one at the end."""
