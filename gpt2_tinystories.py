@@ -811,6 +811,14 @@ def checksums(folder):
         with open(path, "rb") as file:
             yield f"{file_digest(file, 'sha256').hexdigest()}  {path.name}\n"
 
+def verify(folder):
+    """Raise ValueError where a file is not the one that was saved; others' folders list none."""
+    sums = folder / "SHA256SUMS"
+    saved = sums.read_text("utf-8", "replace").splitlines(keepends=True) if sums.is_file() else []
+    if changed := saved and set(saved) - set(checksums(folder)):
+        raise ValueError(f"{min(changed)[66:-1]} is not as it was saved; if it was changed on "
+                         "purpose, delete SHA256SUMS there")
+
 # What a config.json may say of how a GPT-2 computes, and what it is to say here.
 GPT2_MATH = {"model_type": "gpt2", "activation_function": "gelu_new", "scale_attn_weights": True,
              "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
@@ -822,11 +830,7 @@ def load_checkpoint(name, device="cpu", fold=True, **changes):
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     with reading(name, name):
-        sums = Path(name, "SHA256SUMS")  # which checkpoints of this script have
-        saved = sums.read_text("utf-8", "replace").splitlines(True) if sums.is_file() else []
-        if changed := saved and set(saved) - set(checksums(sums.parent)):
-            raise ValueError(f"{min(changed)[66:-1]} is not as it was saved; if it was changed on "
-                             "purpose, delete SHA256SUMS there")
+        verify(Path(name))
         values = GPT2Config.get_config_dict(name)[0]
         for key, usual in GPT2_MATH.items():
             if values.get(key, usual) != usual:
@@ -837,7 +841,7 @@ def load_checkpoint(name, device="cpu", fold=True, **changes):
             values.pop(key, None)
         values |= {"architectures": ["GPT2LMHeadModel"], "dtype": "float32"} | changes
         config = GPT2Config(**values)
-        options = {"use_safetensors": True, "output_loading_info": True}
+        options = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
         try:
             theirs, report = GPT2LMHeadModel.from_pretrained(name, config=config, **options)
         except RuntimeError as error:
@@ -852,6 +856,8 @@ def load_checkpoint(name, device="cpu", fold=True, **changes):
         config.tie_word_embeddings = theirs.lm_head.weight is theirs.transformer.wte.weight
         model = GPT(config, load_tokenizer(str(name)))
         model.load_state_dict(weights)
+        if max(model.tokenizer.get_vocab().values()) >= config.vocab_size:
+            raise ValueError(f"its tokenizer has more than the model's {config.vocab_size} tokens")
     if fold:
         model.fold(~equal_rows(model))
     return model.to(device).eval()
