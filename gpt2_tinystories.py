@@ -19,6 +19,7 @@ D = C / H, V = vocab_size, R <= V rows of the embedding: tokens of no story shar
 """
 
 import argparse
+import errno
 import json
 import math
 import os
@@ -217,7 +218,7 @@ def split_stories(stories, settings):
 def digest(content):
     return blake2b(content, digest_size=8).hexdigest()
 
-def load_tokenizer(name, stories=None):
+def load_tokenizer(name, stories=None, what="--tokenizer"):
     """A Hugging Face tokenizer, by Hub id or folder; bpe:SIZE trains one like GPT-2's."""
     from transformers import AutoTokenizer, GPT2Tokenizer
     if name.startswith("bpe:"):
@@ -226,7 +227,8 @@ def load_tokenizer(name, stories=None):
         # Of a story 10,000 characters at most: a very long word takes quadratic time.
         texts = ([text[:10_000] for text in rows["text"]] for rows in stories.iter(1000))
         return GPT2Tokenizer().train_new_from_iterator(texts, size, show_progress=False)
-    with reading(name, f"--tokenizer {name}"):
+    hint = "" if stories is None else "; bpe:4096 needs no network"
+    with reading(name, f"{what} {name}", hint):
         tokenizer = AutoTokenizer.from_pretrained(name)
         # Where files are missing, some versions of transformers return an empty tokenizer.
         if len(tokenizer) <= 256 or not tokenizer.is_fast or tokenizer.eos_token_id is None:
@@ -254,6 +256,8 @@ def encode_stories(stories, tokenizer, n_positions, file):
 
     id_type = "uint16" if len(tokenizer) <= 1 << 16 else "int32"
     features = Features({"ids": Sequence(Value(id_type)), "n_cut": Value("int64")})
+    if RANK and not file.exists():
+        raise InputError(f"{file} is not here: the processes need the same folders")
     if not file.exists():
         for leftover in file.parent.glob("tmp*"):  # of a process that was killed
             leftover.unlink()
@@ -476,6 +480,8 @@ def generate_text(model, prompt, max_length=50, method="greedy", *, temperature=
 def encode_prompt(model, prompt):
     """The ids of a prompt. Raises InputError if it is empty or does not fit."""
     require(prompt.strip(), "prompt", repr(prompt), "must not be empty")
+    is_text = not re.search("[\ud800-\udfff]", prompt)
+    require(is_text, "prompt", repr(prompt), "has bytes that are no UTF-8")
     ids, n_positions = encode(model.tokenizer, prompt), model.config.n_positions
     rule = f"has {len(ids)} tokens, {n_positions} fit"
     require(len(ids) <= n_positions, "prompt", repr(prompt[:30] + "…"), rule)
@@ -620,6 +626,7 @@ def train(model, train_set, test_set, settings, record, last, precision):
         metrics[: record["step"]] = last["metrics"]
         for name, part in state.items():
             part.load_state_dict(last[name] or part.state_dict())  # of a scaler not used it is {}
+        last.clear()  # its memory
     test_batches = epoch_batches(test_set.lengths, settings.batch_size, settings.seed, 0)
     test_loader = make_loader(test_set.ids, share(test_batches))
     learner = make_learner(model, next(iter(test_loader)), settings, autocast)
@@ -711,8 +718,11 @@ def make_learner(model, batch, settings, autocast):
         learner = torch.compile(model, dynamic=True)
         try:
             backward(learner, [batch], 1, autocast)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # compilers fail in many ways, and the training can do without
-            say(f"compile    off: {type(error).__name__}: {str(error).strip().splitlines()[0]:.80}")
+            reason = " ".join(str(error).split())
+            say(f"compile    off: {type(error).__name__}: {reason:.80}")
             learner = model
         model.zero_grad()
     if WORLD_SIZE > 1:
@@ -789,17 +799,20 @@ def transposed(weights):
 
 def save_checkpoint(folder, model, record, sample):
     """Write the model, with a row for each token, and its tokenizer, as transformers does."""
-    from transformers import GPT2LMHeadModel, logging
+    from transformers import GenerationConfig, GPT2LMHeadModel, logging
     logging.disable_progress_bar()
-    weights = transposed(model.state_dict())
+    weights, eos = transposed(model.state_dict()), model.tokenizer.eos_token_id
     for name in ("transformer.wte.weight", "lm_head.weight"):
         weights[name] = weights[name][model.row]
     with torch.device("meta"):
         theirs = GPT2LMHeadModel(model.config)
     theirs.load_state_dict(weights, assign=True)
     theirs.tie_weights()
+    ends = {"bos_token_id": eos, "eos_token_id": eos, "pad_token_id": eos}
+    theirs.generation_config = GenerationConfig(**ends)
     with whole_or_absent(folder) as new:
         theirs.save_pretrained(new)
+        shutil.copymode(new / "config.json", new / "model.safetensors")  # else its owner's alone
         model.tokenizer.save_pretrained(new)
         (new / "training.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
         (new / "sample.txt").write_text(sample + "\n", encoding="utf-8")
@@ -831,6 +844,8 @@ def load_checkpoint(name, device="cpu", fold=True, **changes):
     logging.set_verbosity_error()
     with reading(name, name):
         verify(Path(name))
+        if Path(name).is_dir() and not Path(name, "config.json").is_file():
+            raise ValueError("no checkpoint, which has a config.json, as checkpoints/epoch_1 does")
         values = GPT2Config.get_config_dict(name)[0]
         for key, usual in GPT2_MATH.items():
             if values.get(key, usual) != usual:
@@ -844,8 +859,8 @@ def load_checkpoint(name, device="cpu", fold=True, **changes):
         options = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
         try:
             theirs, report = GPT2LMHeadModel.from_pretrained(name, config=config, **options)
-        except RuntimeError as error:
-            raise ValueError("its weights are not of the sizes in its config.json") from error
+        except RuntimeError:
+            raise ValueError("its weights are not of the sizes in its config.json") from None
         strange = [*report["missing_keys"], *report["unexpected_keys"]]
         if strange := [key for key in strange if not key.endswith("attn.masked_bias")]:
             raise ValueError(f"missing or unknown tensors, such as {min(strange)}")
@@ -854,7 +869,7 @@ def load_checkpoint(name, device="cpu", fold=True, **changes):
             raise ValueError(f"{bad[0]} holds numbers that are not finite")
         config.n_inner = config.n_inner or 4 * config.n_embd
         config.tie_word_embeddings = theirs.lm_head.weight is theirs.transformer.wte.weight
-        model = GPT(config, load_tokenizer(str(name)))
+        model = GPT(config, load_tokenizer(str(name), what="the tokenizer of"))
         model.load_state_dict(weights)
         if max(model.tokenizer.get_vocab().values()) >= config.vocab_size:
             raise ValueError(f"its tokenizer has more than the model's {config.vocab_size} tokens")
@@ -937,8 +952,10 @@ def whole_or_absent(path):
         raise OSError(f"{path} cannot be saved, what was saved before is kept: {why}") from error
 
 def remove(path):
-    shutil.rmtree(path, ignore_errors=True)
-    path.unlink(missing_ok=True)
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 def flush(path):
     """Wait until a file or folder is on the disk."""
@@ -992,12 +1009,9 @@ def main(argv=None):
     folder, plots = Path(settings.checkpoints), Path(settings.plots)
     start_processes(device)
     with locked(folder), locked(plots):
+        wait(RANK > 0)  # until process 0 has downloaded, written and checked what all need
         last = read_last(settings)
         before = last["record"] if last else {"data": {}, "epochs": [], "step": 0}
-        if before["epochs"] and before["epochs"][-1]["step"] == before["steps"]:
-            say(f"{folder} holds this run, and it is finished; {result(before)}")
-            return
-        wait(RANK > 0)  # until process 0 has downloaded and written what all need
         model = load_base(settings) if settings.init else None
         known = settings.data == "auto" and before["data"].get("source") == BUILT_IN
         stories, source = load_stories("sample" if known else settings.data, folder / "data")
@@ -1006,20 +1020,22 @@ def main(argv=None):
         name = usual if settings.tokenizer == "auto" else settings.tokenizer
         tokenizer = model.tokenizer if model else load_tokenizer(name, train_stories)
         data["tokenizer"] = digest(tokenizer.backend_tokenizer.to_str().encode())
-        n_positions = settings.n_positions
-        key = f"{data['fingerprint']}-{data['tokenizer']}-{n_positions}.arrow"
+        key = f"{data['fingerprint']}-{data['tokenizer']}-{settings.n_positions}.arrow"
         train_file, test_file = folder / f"data/train-{key}", folder / f"data/test-{key}"
-        train_set = encode_stories(train_stories, tokenizer, n_positions, train_file)
-        test_set = encode_stories(test_stories, tokenizer, n_positions, test_file)
+        train_set = encode_stories(train_stories, tokenizer, settings.n_positions, train_file)
+        test_set = encode_stories(test_stories, tokenizer, settings.n_positions, test_file)
         data["train_tokens"] = int(train_set.lengths.sum())
         data["tokens_cut"] = train_set.n_cut + test_set.n_cut
-        wait(RANK == 0)  # now the others
-        require_same(data)
         refuse_changes(before["data"] or data, data, folder)
         torch.manual_seed(settings.seed)
         model = model or GPT(model_config(settings, tokenizer), tokenizer)
         encode_prompt(model, settings.prompt)  # better refused now than after an epoch
         record = new_record(settings, data | {"source": source}, model, before)
+        wait(RANK == 0)  # now the others
+        require_same(data | {"step": before["step"]})
+        if record["epochs"] and record["epochs"][-1]["step"] == record["steps"]:
+            say(f"{folder} holds this run, and it is finished; {result(record)}")
+            return
         if not settings.init:  # whose rows all differ
             model.fold(tokens_in((train_set, test_set), model.config.vocab_size))
         if settings.overwrite:
@@ -1085,7 +1101,7 @@ def parse(settings_class, description, argv=None):
             kind = {"action": actions[f.type], "default": argparse.SUPPRESS}
         elif get_args(f.type):
             kind = {"choices": get_args(f.type), "default": f.default}
-        text = f"{f.metadata['help']} (default: {f.default})"
+        text = f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")
         parser.add_argument("--" + f.name.replace("_", "-"), help=text, **kind)
     return settings_class(**vars(parser.parse_args(argv)))
 
@@ -1097,10 +1113,13 @@ def reading(name, what, hint=""):
     offline = not here and not hub_answers()
     try:
         yield
-    except InputError:
+    except (InputError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # each kind of broken file raises another; the message names it
-        why = str(error.__cause__ or error).partition(". ")[0]  # torch advises weights_only=False
+        cause = error.__cause__ or error
+        if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(f"{what}: {cause}") from error
+        why = str(cause).partition(". ")[0]  # torch goes on to advise weights_only=False
         why = "and the Hugging Face Hub cannot be reached" if offline else why
         problem = "cannot be read:" if here else "no such file or folder,"
         raise InputError(f"{what}: {problem} {why}{hint}") from error
@@ -1124,7 +1143,9 @@ def say(text):
 
 def run(main, hint=""):
     """Call main(); what a user can mend is shown as one line, and sets the exit code."""
-    sys.stdout.reconfigure(errors="replace")  # of what a terminal cannot show
+    for stream in (sys.stdin, sys.stdout):  # which a notebook replaces
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # what a terminal cannot show
     try:
         with on_signals(interrupt):
             main()
@@ -1138,13 +1159,15 @@ def run(main, hint=""):
     except KeyboardInterrupt as error:
         number, state = error.args or (signal.SIGINT, "interrupted")
         message, code = state + hint, 128 + number
+        if WORLD_SIZE > 1 and (number, state) == (signal.SIGTERM, "interrupted"):
+            sys.exit(code)  # so torchrun ends the others when one has failed, which has said why
     except (InputError, UnicodeError, ImportError) as error:
         message, code = str(error), 2
     except OSError as error:  # a full disk, a folder that cannot be written
         message, code = str(error), 1
     except (MemoryError, RuntimeError) as error:
         no_memory = "out of memory|allocate memory|enough memory"
-        message, code = "out of memory: halve --batch-size and double --accum-steps", 2
+        message, code = "out of memory; training: halve --batch-size, double --accum-steps", 2
         if WORLD_SIZE > 1 and re.search("gloo|NCCL", str(error)):
             message, code = f"no connection to the other processes: {error}", 1
             time.sleep(10)  # the one that failed has said why, and torchrun ends this one
@@ -1197,7 +1220,8 @@ def pick_device(device, precision):
     n_gpus, n_processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     mps = torch.backends.mps.is_available() and n_processes == 1
     there = {"cuda": n_gpus >= n_processes, "mps": mps, "cpu": True}
-    device = next(name for name in there if there[name]) if device == "auto" else device
+    if device == "auto":
+        device = "cuda" if n_gpus else "mps" if mps else "cpu"
     rule = f"not for {n_processes} processes here, where PyTorch finds {n_gpus} GPUs; use cpu"
     require(there[device], "device", device, rule)
     require(precision != "fp16" or device == "cuda", "precision", precision, f"not on {device}")
@@ -1216,7 +1240,10 @@ def start_processes(device):
     """Let the processes of torchrun, if there are some, exchange tensors."""
     if WORLD_SIZE > 1:
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=6))  # a download takes long
+        try:
+            dist.init_process_group(backend, timeout=timedelta(hours=6))  # a download takes long
+        except ValueError as error:
+            raise InputError(f"WORLD_SIZE is set, but not by torchrun: {error}") from error
 
 def total(tensor):
     """The sum of a tensor over all processes, in its place."""

@@ -7,7 +7,6 @@ own: from its start to the first batch, then the other batches of an epoch. Its 
 mapped files, which the system may drop at any time (looked up under Linux only), and with them.
 """
 
-import argparse
 import json
 import os
 import resource
@@ -18,10 +17,11 @@ import threading
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import make_parser, prepare
+
 import gpt2_tinystories as project
 
-PREPARE = "prepare"  # the first argument of the processes that are measured
+MEASURE = "measure"  # the first argument of the processes that are measured
 
 
 def write_stories(n_stories, folder):
@@ -43,14 +43,14 @@ def watch_memory(peak):
         time.sleep(0.02)
 
 
-def prepare(data, tokenizer, folder):
+def measure(data, tokenizer, folder):
     """What a start does, up to its first batch; then all batches of an epoch. Prints figures for the parent."""
     peak = [0]
     if sys.platform == "linux":
         threading.Thread(target=watch_memory, args=(peak,), daemon=True).start()
     checkpoints = f"{folder}/runs/{Path(data).name}"
     settings = project.Settings(data=data, fraction=1.0, tokenizer=tokenizer, checkpoints=checkpoints)
-    train_set, *_ = project.prepare_stories(settings, None)
+    train_set, *_ = prepare(settings)
     loader = project.make_loader(train_set.ids, project.epoch_batches(train_set.lengths, settings.batch_size, 0, 1))
     next(iter(loader))
     first_batch, started = time.time(), time.perf_counter()
@@ -61,7 +61,7 @@ def prepare(data, tokenizer, folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=project.HelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--stories", nargs="+", type=int, default=[20_000, 200_000], help="how many")
     parser.add_argument("--tokenizer", default="gpt2", help="as for gpt2_tinystories.py")
     options = parser.parse_args()
@@ -73,7 +73,7 @@ def main():
             write_stories(n_stories, Path(folder))
             for start in ("first", "second"):
                 started = time.time()
-                arguments = [sys.executable, __file__, PREPARE, f"{folder}/{n_stories}", options.tokenizer, folder]
+                arguments = [sys.executable, __file__, MEASURE, f"{folder}/{n_stories}", options.tokenizer, folder]
                 output = subprocess.run(arguments, stdout=subprocess.PIPE, text=True, check=True).stdout
                 figures = json.loads(output.splitlines()[-1])
                 figures["seconds"] = figures["first_batch"] - started
@@ -82,7 +82,7 @@ def main():
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == [PREPARE]:
-        prepare(*sys.argv[2:])
+    if sys.argv[1:2] == [MEASURE]:
+        measure(*sys.argv[2:])
     else:
         project.run(main)

@@ -8,17 +8,14 @@ head was asked for, up to the end of the longest story. Measure with a checkpoin
 stories had, the fewer rows of the head are read for each new one.
 """
 
-import argparse
 import statistics
 import sys
 import time
-from pathlib import Path
 
 import torch
+from common import make_parser
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import gpt2_tinystories as project
-from gpt2_generate import newest_checkpoint
 
 PROMPT = "Once upon a time, in a small village"
 
@@ -36,18 +33,21 @@ def tokens_per_second(write, head, n_rows, device):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=project.HelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--model", default="", help="checkpoint folder; empty: the newest epoch under checkpoints/")
     parser.add_argument("--max-length", type=int, default=200, help="tokens to write")
     parser.add_argument("--rounds", type=int, default=7, help="times that each of them writes")
-    parser.add_argument("--device", default=project.pick_device("auto"), help="cpu or cuda")
+    parser.add_argument("--device", default="auto", help="cpu or cuda")
     options = parser.parse_args()
     from transformers import GPT2LMHeadModel, logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    n, device = options.max_length, options.device
-    folder = options.model or newest_checkpoint()
+    n, (device, _) = options.max_length, project.pick_device(options.device, "fp32")
+    epochs = project.saved_epochs("checkpoints")
+    if not options.model and not epochs:
+        raise project.InputError("no epoch in checkpoints/ yet: train first, or give --model")
+    folder = options.model or epochs[-1]
     model = project.load_checkpoint(folder, device)
     tokenizer = model.tokenizer
     reference = GPT2LMHeadModel.from_pretrained(folder).to(device).eval()

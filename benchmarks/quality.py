@@ -21,21 +21,20 @@ import json
 import math
 import multiprocessing
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from common import make_parser, prepare
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import gpt2_tinystories as project
 
 SMALL = ["--fraction", "1", "--epochs", "2", "--tokenizer", "bpe:2048", "--n-embd", "256", "--n-head", "4",
@@ -58,7 +57,7 @@ class Recipe:
     change: Callable = lambda model: None  # something done to the new model
     optimizers: Callable = project.make_optimizers
     schedule: Callable = project.schedule
-    batches: Callable = project.epoch_batches
+    batches: Callable = project.step_batches
     average: float = 0.0  # of an exponential moving average of the weights: the share that a step keeps
     plain: bool = False  # the updates of the naive loop
 
@@ -76,21 +75,26 @@ class Plain(project.GPT):
 
     def __init__(self, config, tokenizer):
         super().__init__(config, tokenizer)
-        self.h = nn.ModuleList(PlainBlock(config) for _ in range(config.n_layer))
-        self.ln_f, self.lm_head = nn.Identity(), nn.Linear(config.n_embd, config.vocab_size)
-        nn.init.normal_(self.wte.weight)
-        self.wte.register_forward_hook(lambda module, args, output: output * math.sqrt(config.n_embd))
+        gpt = self.transformer
+        gpt.h = nn.ModuleList(PlainBlock(config) for _ in range(config.n_layer))
+        gpt.ln_f, self.lm_head = nn.Identity(), nn.Linear(config.n_embd, config.vocab_size)
+        nn.init.normal_(gpt.wte.weight)
+        gpt.wte.register_forward_hook(lambda module, args, output: output * math.sqrt(config.n_embd))
         position = project.sinusoid(config.n_positions, config.n_embd)
-        self.wpe.weight = nn.Parameter(position, requires_grad=False)
+        gpt.wpe.weight = nn.Parameter(position, requires_grad=False)
 
 
 def plain_optimizers(model, settings, dtype):
     return [torch.optim.AdamW(model.parameters(), lr=settings.learning_rate)]
 
 
-def random_batches(lengths, batch_size, seed, epoch):
-    order = np.random.default_rng((seed, epoch)).permutation(len(lengths))
-    return np.split(order, range(batch_size, len(order), batch_size))
+def random_batches(lengths, settings):
+    """As project.step_batches, but for the order: any stories come together."""
+    size = settings.batch_size
+    for epoch in count(1):
+        order = np.random.default_rng((settings.seed, epoch)).permutation(len(lengths))
+        for window in np.split(order, range(settings.accum_steps * size, len(order), settings.accum_steps * size)):
+            yield np.split(window, range(size, len(window), size))
 
 
 def warmup(step, n_steps, warmup_steps):
@@ -164,21 +168,21 @@ def unscaled(model):
 
 
 def fan_in(model):
-    for name, weight in model.h.named_parameters():
+    for name, weight in model.transformer.h.named_parameters():
         if weight.dim() == 2:
             shrink = math.sqrt(2 * model.config.n_layer) if "c_proj" in name else 1
             nn.init.normal_(weight, std=1 / math.sqrt(weight.size(1)) / shrink)
 
 
 def learned_positions(model):
-    nn.init.normal_(model.wpe.weight, std=model.config.initializer_range)
-    model.wpe.weight.requires_grad_(True)
+    nn.init.normal_(model.transformer.wpe.weight, std=model.config.initializer_range)
+    model.transformer.wpe.weight.requires_grad_(True)
 
 
 def with_positions(model, settings, dtype):
     optimizers = project.make_optimizers(model, settings, dtype)
     outer, _ = optimizers[0].param_groups
-    outer["params"].append(model.wpe.weight)
+    outer["params"].append(model.transformer.wpe.weight)
     return optimizers
 
 
@@ -250,53 +254,49 @@ RECIPES = {
 
 @cache
 def prepared(settings):
-    return project.prepare_stories(settings, None)
+    return prepare(settings)
 
 
 def train(name, seed, base, device, precision):
     """Train and score a recipe; the stories are split by base.seed, whatever the seed. Returns (figures, model)."""
     recipe = RECIPES[name]
-    settings = replace(base, **recipe.settings)
+    settings = replace(base, seed=seed, **recipe.settings)
     train_set, test_set, tokenizer, data = prepared(base)
     torch.manual_seed(seed)
     model = recipe.model(project.model_config(settings, tokenizer), tokenizer)
     if not recipe.plain:
-        model.fold(project.rows_of_stories((train_set, test_set), len(tokenizer)))
+        model.fold(project.tokens_in((train_set, test_set), len(tokenizer)))
     recipe.change(model)
     model.to(device).train()
-    test_batches = project.epoch_batches(test_set.lengths, settings.batch_size, settings.seed, 0)
+    test_batches = project.epoch_batches(test_set.lengths, settings.batch_size, base.seed, 0)
     optimizers = recipe.optimizers(model, settings, project.DTYPES[precision])
     groups = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
     autocast = torch.autocast(device, project.DTYPES[precision], enabled=precision != "fp32")
     scaler = torch.amp.GradScaler(device, enabled=precision == "fp16")
-    record = project.new_record(settings, data, model)
+    record = project.new_record(settings, data, model, {"step": 0, "epochs": []})
     n_steps, per_epoch = record["steps"], record["steps_per_epoch"]
-    step, curve, losses, average, started = 0, [], [], [], time.monotonic()
-    for epoch in range(1, math.ceil(n_steps / per_epoch) + 1):
-        if recipe.plain and epoch == 2:
+    curve, losses, average, started = [], [], [], time.monotonic()
+    for step, window in enumerate(islice(recipe.batches(train_set.lengths, settings), n_steps), 1):
+        if recipe.plain and step == per_epoch + 1:
             model.eval()
-        batches = recipe.batches(train_set.lengths, settings.batch_size, seed, epoch)
-        loader = iter(project.make_loader(train_set.ids, batches))
-        token_counts = iter(project.count_tokens(train_set.lengths, batches, settings.accum_steps))
-        while step < n_steps and (window := list(islice(loader, settings.accum_steps))):
-            for group, peak in groups:
-                group["lr"] = peak * recipe.schedule(step, n_steps, settings.warmup_steps)
-            n_tokens = next(token_counts)
-            if recipe.plain:
-                losses.append(plain_update(model, window, optimizers, settings.accum_steps, scaler, autocast))
-            else:
-                loss, *_ = project.update(model, model, window, n_tokens, optimizers, settings.grad_clip, autocast,
-                                          scaler)
-                losses.append(float(loss) / n_tokens)
-            step += 1
-            if recipe.average:
-                average = average or [weight.detach().clone() for weight in model.parameters()]
-                with torch.no_grad():
-                    torch._foreach_lerp_(average, list(model.parameters()), 1 - min(recipe.average, step / (step + 10)))
-            if step % max(1, n_steps // 20) == 0:  # on a part of the test stories
-                curve.append([step, statistics.fmean(losses), score(model, test_set, test_batches[:12])["own"]])
-                losses.clear()
-                print(f"{name}, {step} of {n_steps}: {curve[-1][2]:.3f}", flush=True)
+        for group, peak in groups:
+            group["lr"] = peak * recipe.schedule(step - 1, n_steps, settings.warmup_steps)
+        batches = [project.pad_batch([train_set.ids[i] for i in batch]) for batch in window]
+        if recipe.plain:
+            losses.append(plain_update(model, batches, optimizers, settings.accum_steps, scaler, autocast))
+        else:
+            n_tokens = sum(int(train_set.lengths[batch].sum()) for batch in window)
+            loss, _ = project.backward(model, batches, n_tokens, autocast, scaler)
+            project.update(model, optimizers, settings.grad_clip, scaler)
+            losses.append(float(loss) / n_tokens)
+        if recipe.average:
+            average = average or [weight.detach().clone() for weight in model.parameters()]
+            with torch.no_grad():
+                torch._foreach_lerp_(average, list(model.parameters()), 1 - min(recipe.average, step / (step + 10)))
+        if step % max(1, n_steps // 20) == 0:  # on a part of the test stories
+            curve.append([step, statistics.fmean(losses), score(model, test_set, test_batches[:12])["own"]])
+            losses.clear()
+            print(f"{name}, {step} of {n_steps}: {curve[-1][2]:.3f}", flush=True)
     for weight, mean in zip(model.parameters(), average, strict=False):
         weight.data.copy_(mean)
     figures = {"recipe": name, "seed": seed, "settings": fixed(base), "steps": n_steps,
@@ -306,21 +306,21 @@ def train(name, seed, base, device, precision):
 
 def fixed(settings):
     """The settings that change the results, as a .json has them."""
-    free = {f.name for f in fields(settings) if f.metadata["free"]} - {"precision"}
+    free = project.FREE - {"data", "tokenizer", "precision"}
     return {name: value for name, value in asdict(settings).items() if name not in free}
 
 
-def plain_update(model, window, optimizers, accum_steps, scaler, autocast):
+def plain_update(model, batches, optimizers, accum_steps, scaler, autocast):
     """The mean of the batches' means, and no gradient for the end of a story: that token was also the padding."""
     total = 0.0
-    for input_ids, targets in window:
+    for input_ids, targets in batches:
         input_ids, targets = input_ids.to(model.device), targets.to(model.device)
         targets = targets.masked_fill(targets == model.tokenizer.eos_token_id, project.IGNORE)
         with autocast:
             logits = model(input_ids)
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=project.IGNORE)
         scaler.scale(loss / accum_steps).backward()
-        total += loss.item() / len(window)
+        total += loss.item() / len(batches)
     for optimizer in optimizers:
         scaler.step(optimizer)
         optimizer.zero_grad()
@@ -351,21 +351,13 @@ def score(model, test_set, batches):
 @torch.no_grad()
 def write_stories(model, length):
     """What a model writes: of each prompt a greedy and a sampled story, and two shares, taken over 5 sampled ones."""
-    generator = torch.Generator(model.device)
-
-    def greedy(logits, *_):
-        return logits.argmax(-1)
-
-    def sampled(logits, *_):
-        probabilities = project.next_probabilities(logits, TEMPERATURE, 0, 1.0)
-        return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
-
+    sampling = {"temperature": TEMPERATURE, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+    numbers = torch.rand(5, length, generator=torch.Generator().manual_seed(1)).to(model.device)
     stories, ended, repeated = [], [], []
     for prompt in PROMPTS:
         ids, texts = project.encode_prompt(model, prompt), []
-        for choose, n_samples in ((greedy, 1), (sampled, 5)):
-            generator.manual_seed(1)
-            rows = project.continue_rows(model, ids, n_samples, length, choose)
+        for method, n_samples in (("greedy", 1), ("sample", 5)):
+            rows = project.continue_ids(model, ids, numbers[:n_samples], method=method, **sampling)
             texts += model.tokenizer.batch_decode(rows)
         ended += [len(row) < len(ids) + length for row in rows]
         repeated += [share_repeated(project.encode(model.tokenizer, text)) for text in texts[1:]]
@@ -395,7 +387,7 @@ def work(name, seed, settings, device, precision, threads, options):
 
 
 def main():
-    parser = project.Parser(description=__doc__, formatter_class=project.HelpFormatter, allow_abbrev=False)
+    parser = make_parser(__doc__)
     parser.add_argument("--only", nargs="+", choices=RECIPES, default=list(RECIPES), metavar="RECIPE", help="recipes")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1], help="of weights and batches, not of the split")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
@@ -403,13 +395,12 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("quality"), help="folder of the results")
     options, rest = parser.parse_known_args()
     settings = project.parse(project.Settings, "", [*SMALL, "--checkpoints", str(options.out), *rest])
-    device = project.pick_device(settings.device)
-    precision = project.pick_precision(settings.precision, device)
+    device, precision = project.pick_device(settings.device, settings.precision)
     project.require(options.jobs >= 1, "jobs", options.jobs, "must be at least 1")
     for result in read_results(options.out):
         if result["settings"] != fixed(settings):
             raise project.InputError(f"{options.out} holds results of other settings; take another --out")
-    project.prepare_stories(settings, None)  # once, before many do
+    prepare(settings)  # once, before many do
     runs = [(name, seed) for seed in options.seeds for name in options.only]
     runs = [(name, seed) for name, seed in runs if not (options.out / f"{name}, seed {seed}.json").exists()]
     threads = max(1, torch.get_num_threads() // options.jobs)

@@ -5,7 +5,6 @@
 The script itself is killed with SIGKILL, somewhere between its start and --longest seconds later, and started again.
 """
 
-import argparse
 import json
 import random
 import subprocess
@@ -14,7 +13,9 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import torch
+from common import make_parser
+
 import gpt2_tinystories as project
 
 RUN = ("--data sample --tokenizer bpe:1024 --n-embd 128 --n-head 4 --n-inner 256 --epochs {} "
@@ -42,7 +43,7 @@ def result(folder, epochs):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=project.HelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--kills", type=int, default=30, help="how many")
     parser.add_argument("--longest", type=float, default=14.0, help="most seconds from a start to its kill")
     parser.add_argument("--epochs", type=int, default=12, help="of the run")
@@ -63,8 +64,8 @@ def main():
                 sys.exit(f"ended by itself before kill {number}:\n{(folders[1] / 'output.txt').read_text()}")
             process.kill()
             process.wait()
-            last = folders[1] / "checkpoints" / "last" / "training.json"
-            step = json.loads(last.read_text())["step"] if last.exists() else 0
+            last = folders[1] / "checkpoints" / "last.pt"
+            step = torch.load(last)["record"]["step"] if last.exists() else 0
             print(f"kill {number}: saved up to step {step}", flush=True)
         finish(folders[1], arguments)
         unbroken, expected, expected_files = result(folders[0], options.epochs)

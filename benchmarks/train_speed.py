@@ -19,7 +19,6 @@ the real tokens alone, and those that are really multiplied, for padding as well
 the products of Muon. The share of the machine's own rate of matrix products is of the latter.
 """
 
-import argparse
 import math
 import multiprocessing
 import os
@@ -32,9 +31,9 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from common import make_parser, prepare
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import gpt2_tinystories as project
 
 # --- In a process of its own: train ----------------------------------------------------------------------------------
@@ -81,7 +80,7 @@ class Stopwatch:
 @cache
 def muon_flops(model):
     """Those of Muon's products in a step."""
-    matrices = [weight for weight in model.h.parameters() if weight.dim() == 2]
+    matrices = [weight for weight in model.transformer.h.parameters() if weight.dim() == 2]
     with FlopCounterMode(display=False) as counter:
         for weight in matrices:
             project.orthogonalize(torch.empty(1, *weight.shape, device="meta"), torch.float32)
@@ -109,21 +108,27 @@ def settings_of(options, name="trainer"):
 
 
 def ours(options, stopwatch, name="ours"):
-    update = project.update
+    train, step_batches = project.train, project.step_batches
 
-    def timed_update(model, learner, window, *rest):
-        stopwatch.before_step()
-        for i, (input_ids, targets) in enumerate(window):
-            n_tokens, muon = int((targets != project.IGNORE).sum()), 0 if i else muon_flops(model)
-            stopwatch.add(model.config, n_tokens, input_ids.shape, len(model.lm_head.weight), muon)
-        return update(model, learner, window, *rest)
+    def timed_train(model, *rest):
+        def timed_batches(lengths, *rest):  # a step is from one of these windows to the next
+            for window in step_batches(lengths, *rest):
+                stopwatch.before_step()
+                for i, batch in enumerate(window):
+                    n_tokens, shape = int(lengths[batch].sum()), (len(batch), int(lengths[batch].max()))
+                    muon = 0 if i else muon_flops(model)
+                    stopwatch.add(model.config, n_tokens, shape, len(model.lm_head.weight), muon)
+                yield window
 
-    project.update = timed_update
+        project.step_batches = timed_batches
+        train(model, *rest)
+
+    project.train = timed_train
     project.main(settings_of(options, name))
 
 
 def not_folded(options, stopwatch):
-    project.rows_of_stories = lambda parts, vocab_size: torch.arange(vocab_size)
+    project.tokens_in = lambda parts, vocab_size: torch.ones(vocab_size, dtype=torch.bool)
     ours(options, stopwatch, "not-folded")
 
 
@@ -150,7 +155,7 @@ def hf_default(options, stopwatch, batches_of_ours=False, **arguments):
             return [story for batch in batches for story in batch.tolist()]
 
     settings = project.parse(project.Settings, "", settings_of(options))
-    train_set, _, tokenizer, _ = project.prepare_stories(settings, None)
+    train_set, _, tokenizer, _ = prepare(settings)
     tokenizer.pad_token = tokenizer.eos_token
     config = project.model_config(settings, tokenizer)
     stories = datasets.Dataset.from_dict({"input_ids": [ids.as_py()[: settings.n_positions] for ids in train_set.ids]})
@@ -215,7 +220,7 @@ def matmul_rate(device, dtype):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=project.HelpFormatter)
+    parser = make_parser(__doc__)
     local = project.LOCAL_STORIES if Path(project.LOCAL_STORIES).exists() else "sample"
     parser.add_argument("--data", default=local, help="as for gpt2_tinystories.py")
     parser.add_argument("--tokenizer", default="auto", help="as for gpt2_tinystories.py")
@@ -224,12 +229,12 @@ def main():
     parser.add_argument("--steps", type=int, default=8, help="optimizer steps of a block")
     parser.add_argument("--batch-size", type=int, default=8, help="stories in a batch")
     parser.add_argument("--accum-steps", type=int, default=2, help="batches in a step")
-    parser.add_argument("--device", default=project.pick_device("auto"), help="cpu or cuda")
+    parser.add_argument("--device", default="auto", help="cpu or cuda")
     parser.add_argument("--precision", default="auto", help="of ours and hf-tuned: fp32, bf16 or fp16")
     parser.add_argument("--compile", default="auto", help="of ours: on or off")
     parser.add_argument("--profile", action="store_true", help="of ours: show where the time of the last block goes")
     options = parser.parse_args()
-    options.precision = project.pick_precision(options.precision, options.device)
+    options.device, options.precision = project.pick_device(options.device, options.precision)
     rates, blocks = [], {name: [] for name in options.only}
     with tempfile.TemporaryDirectory() as options.folder:
         pipes = {}

@@ -63,7 +63,7 @@ def make_model(tokenizer, dropout=0.0, **sizes):
     model = project.GPT(make_config(tokenizer, dropout, **sizes), tokenizer)
     is_there = torch.zeros(len(tokenizer), dtype=torch.bool)
     is_there[[tokenizer.eos_token_id, *sum(project.encode(tokenizer, list(sample_stories(60))), [])]] = True
-    model.fold(project.rows_of(is_there))
+    model.fold(is_there)
     assert model.n_shared > 100 and len(model.lm_head.weight) == 401 - model.n_shared
     with torch.no_grad():
         for parameter in model.parameters():

@@ -97,8 +97,8 @@ def test_the_plain_model_is_that_of_pytorch(quality, tokenizer):
     """Post-LayerNorm with ReLU: nn.TransformerEncoderLayer with the same weights."""
     model = quality.Plain(make_config(tokenizer), tokenizer).eval()
     ids = torch.randint(0, 400, (2, 20))
-    x = model.wte.weight[ids] * math.sqrt(32) + project.sinusoid(64, 32)[:20]
-    for block in model.h:
+    x = model.transformer.wte.weight[ids] * math.sqrt(32) + project.sinusoid(64, 32)[:20]
+    for block in model.transformer.h:
         theirs = torch.nn.TransformerEncoderLayer(32, 2, 64, 0.0, "relu", batch_first=True).eval()
         for mine, other in (
             (block.attn.c_attn.weight, theirs.self_attn.in_proj_weight),

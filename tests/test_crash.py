@@ -3,6 +3,7 @@
 The processes are forked from a server that has imported the slow packages once (multiprocessing's forkserver).
 """
 
+import io
 import multiprocessing
 import os
 import random
@@ -71,6 +72,15 @@ def wait_for(condition):
         time.sleep(0.01)
 
 
+def without_the_last_evaluation(finished, folder):
+    """Make folder that of a run which was killed after its last step."""
+    shutil.copytree(finished, folder, dirs_exist_ok=True)
+    shutil.rmtree(folder / "checkpoints" / "epoch_2")
+    last = torch.load(folder / "checkpoints" / "last.pt", weights_only=True)
+    last["record"]["epochs"].pop()
+    torch.save(last, folder / "checkpoints" / "last.pt")
+
+
 def files(folder):
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.name != "output.txt"}
 
@@ -100,24 +110,25 @@ def test_a_run_that_is_killed_again_and_again_ends_like_an_unbroken_one(finished
         left |= {path.name for path in tmp_path.glob("checkpoints/*")}
         n_kills += 1
     assert code == 0 and n_kills >= 10
-    assert left >= {"last", "last.tmp", "epoch_1"}  # they came in the middle of saves, too
+    assert left >= {"last.pt", "last.pt.tmp", "epoch_1"}  # they came in the middle of saves, too
     same_runs(tmp_path, finished)
     assert files(tmp_path) == files(finished)
 
 
-def test_a_new_run_is_killed_in_its_first_and_second_epoch(finished, tmp_path, tiny):
-    """In the tokenisation, its first save, the first epoch's checkpoint, and between the two renames of a save."""
+def test_a_new_run_is_killed_in_its_first_epoch(finished, tmp_path, tiny):
+    """In the tokenisation, its first save, the first epoch's checkpoint, and the save after that."""
     places = (
-        (2, "os.mkdir", "checkpoints/data"),
-        (1, "open", "last.tmp/SHA256SUMS"),
+        (2, "os.rename", ".arrow.tmp"),
+        (1, "os.rename", "last.pt.tmp"),
         (1, "os.rename", "epoch_1.tmp"),
-        (2, "os.rename", "last.tmp"),
+        (2, "open", "last.pt.tmp"),
     )
     for number, place in enumerate(places):
         folder = tmp_path / str(number)
         folder.mkdir()
         assert run(folder, tiny, kill_at, *place)[0] == -signal.SIGKILL
-        assert (number == 3) == (folder / "checkpoints" / "last.old").exists()
+        assert (number >= 2) == (folder / "checkpoints" / "last.pt").exists()
+        assert (number == 3) == (folder / "checkpoints" / "epoch_1").exists()
         assert run(folder, tiny)[0] == 0
         same_runs(folder, finished)
         assert files(folder) == files(finished)
@@ -127,7 +138,7 @@ def test_the_script_itself_is_killed_and_then_stopped(finished, tmp_path, tiny):
     command = [sys.executable, project.__file__, *tiny.split(), "--save-every", "0"]
     for number in (signal.SIGKILL, signal.SIGTERM):
         script = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        wait_for(next_save(tmp_path / "checkpoints" / "last" / project.SUMS))
+        wait_for(next_save(tmp_path / "checkpoints" / "last.pt"))
         script.send_signal(number)
         _, errors = script.communicate()
         assert script.returncode == (-number if number == signal.SIGKILL else 143)
@@ -140,15 +151,8 @@ def test_the_script_itself_is_killed_and_then_stopped(finished, tmp_path, tiny):
 
 def next_save(path):
     """A function that says whether the file was written anew since this call."""
-    before = path.read_text() if path.exists() else ""
-
-    def is_new():
-        try:
-            return path.read_text() != before
-        except FileNotFoundError:  # between the two renames
-            return False
-
-    return is_new
+    before = path.stat().st_mtime_ns if path.exists() else 0
+    return lambda: path.exists() and path.stat().st_mtime_ns != before
 
 
 # --- Stopped
@@ -164,7 +168,7 @@ def test_a_signal_saves_after_the_step_and_the_run_goes_on(number, finished, tmp
     output = read(tmp_path)
     assert process.exitcode == 128 + number and "Traceback" not in output
     assert "saved after step" in output.splitlines()[-1]
-    assert (tmp_path / "checkpoints" / "last").exists() and not (tmp_path / "checkpoints" / "epoch_1").exists()
+    assert (tmp_path / "checkpoints" / "last.pt").exists() and not (tmp_path / "checkpoints" / "epoch_1").exists()
     code, output = run(tmp_path, arguments)
     assert code == 0 and "continuing the interrupted run" in output
     same_runs(tmp_path, finished)
@@ -184,23 +188,23 @@ def slow_steps():
 
 def test_a_second_signal_ends_the_process_at_once(tmp_path, tiny):
     process = start(tmp_path, tiny, slow_saves)
-    wait_for(lambda: (tmp_path / "checkpoints" / "last.tmp").exists())
+    wait_for(lambda: (tmp_path / "checkpoints" / "last.pt.tmp").exists())
     os.kill(process.pid, signal.SIGINT)
     wait_for(lambda: "once more" in read(tmp_path))
     os.kill(process.pid, signal.SIGINT)
     process.join(5)
     assert process.exitcode == -signal.SIGINT
-    assert not (tmp_path / "checkpoints" / "last").exists()
+    assert not (tmp_path / "checkpoints" / "last.pt").exists()
 
 
 def slow_saves():
-    project.publish = lambda *_: time.sleep(30)
+    torch.save = lambda *_: time.sleep(30)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_outside_the_steps_ends_the_process_at_once(number, tmp_path, tiny):
     process = start(tmp_path, tiny, slow_evaluation)
-    wait_for(lambda: (tmp_path / "checkpoints" / "last").exists())
+    wait_for(lambda: (tmp_path / "checkpoints" / "last.pt").exists())
     time.sleep(0.5)
     os.kill(process.pid, number)
     process.join(5)
@@ -219,7 +223,7 @@ def slow_evaluation():
 def test_a_second_run_in_the_same_folders_is_refused(other, tmp_path, tiny):
     endless = tiny.replace("--epochs 2", "--epochs 1000")
     first = start(tmp_path, endless)
-    wait_for(lambda: (tmp_path / "checkpoints" / "last").exists())
+    wait_for(lambda: (tmp_path / "checkpoints" / "last.pt").exists())
     folder = tmp_path / "second"
     folder.mkdir()
     for name in ("checkpoints", "plots"):
@@ -240,22 +244,21 @@ def limit_files(size):
 
 
 def test_where_the_training_state_does_not_fit_it_says_so_and_goes_on_once_there_is_room(finished, tmp_path, tiny):
-    size = (finished / "checkpoints" / "last" / "training_state.pt").stat().st_size
-    code, output = run(tmp_path, tiny, limit_files, size - 1000)
+    size = (finished / "checkpoints" / "last.pt").stat().st_size
+    code, output = run(tmp_path, tiny, limit_files, size - 5000)
     line = output.splitlines()[-1]
     assert code == 1 and "Traceback" not in output
-    assert "last cannot be saved" in line and "nothing was saved before" in line
+    assert "last.pt cannot be saved" in line and not list(tmp_path.glob("checkpoints/last*"))
     assert run(tmp_path, tiny)[0] == 0
     same_runs(tmp_path, finished)
 
 
 def test_a_full_disk_leaves_the_checkpoints_as_they_were(finished, tmp_path, tiny):
-    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
-    shutil.rmtree(tmp_path / "checkpoints" / "epoch_2")
-    before = {path: path.read_bytes() for path in tmp_path.rglob("checkpoints/*/*")}
+    without_the_last_evaluation(finished, tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("checkpoints/**/*") if path.is_file()}
     code, output = run(tmp_path, tiny, limit_files, 50_000)
     assert code == 1 and "cannot be saved, what was saved before is kept" in output.splitlines()[-1]
-    assert {path: path.read_bytes() for path in tmp_path.rglob("checkpoints/*/*")} == before
+    assert {path: path.read_bytes() for path in tmp_path.rglob("checkpoints/**/*") if path.is_file()} == before
     assert run(tmp_path, tiny)[0] == 0
     same_runs(tmp_path, finished)
 
@@ -278,20 +281,34 @@ def test_a_disk_that_is_really_full(small_disk, tiny):
     code, output = run(small_disk, tiny)
     line = output.splitlines()[-1]
     assert code == 1 and "Traceback" not in output and "No space left" in line
-    for folder in project.saved_folders(small_disk / "checkpoints"):
-        project.verify(folder)
+    for folder in project.saved_epochs(small_disk / "checkpoints"):
+        project.load_checkpoint(folder)
+    assert project.read_last(project.parse(project.Settings, "", [*tiny.split(), f"--checkpoints={small_disk}/checkpoints"]))
     assert not list(small_disk.glob("checkpoints/*.tmp"))
 
 
 def test_a_disk_that_is_too_full_for_the_tokens_or_the_tokenizer_is_one_line(finished, tmp_path, tiny):
     """The libraries that write them have exceptions of their own."""
     size_of_tokens = max(path.stat().st_size for path in finished.glob("checkpoints/data/*.arrow"))
-    size_of_tokenizer = (finished / "checkpoints" / "last" / "tokenizer.json").stat().st_size
-    assert size_of_tokens < size_of_tokenizer
-    for limit, words in ((size_of_tokens - 1, "cannot be written"), (size_of_tokenizer - 1, "cannot be saved")):
-        code, output = run(tmp_path, tiny, limit_files, limit)
-        assert code == 1 and "Traceback" not in output and words in output.splitlines()[-1], output
-        assert not list(tmp_path.glob("checkpoints/*.tmp"))
+    size_of_tokenizer = (finished / "checkpoints" / "epoch_1" / "tokenizer.json").stat().st_size
+    limits = (("arrow", limit_files, size_of_tokens - 1), ("epoch_1", limit_tokenizer, size_of_tokenizer - 1))
+    for name, limit, size in limits:
+        code, output = run(tmp_path, tiny, limit, size)
+        line = output.splitlines()[-1]
+        assert code == 1 and "Traceback" not in output and f"{name} cannot be saved" in line, output
+        assert not list(tmp_path.rglob("checkpoints/**/*.tmp"))
+
+
+def limit_tokenizer(size):
+    from transformers import PreTrainedTokenizerBase
+
+    save = PreTrainedTokenizerBase.save_pretrained
+
+    def limited(*arguments):
+        limit_files(size)
+        return save(*arguments)
+
+    PreTrainedTokenizerBase.save_pretrained = limited
 
 
 def test_a_damaged_token_cache_is_named(finished, tokenizer, tmp_path):
@@ -300,7 +317,7 @@ def test_a_damaged_token_cache_is_named(finished, tokenizer, tmp_path):
     stories = datasets.Dataset.from_dict({"text": ["a"]})
     for content in (b"", cache.read_bytes()[:1000]):
         cache.write_bytes(content)
-        with pytest.raises(project.InputError, match="is damaged, delete it"):
+        with pytest.raises(project.InputError, match=r"arrow: cannot be read: .*; delete it"):
             project.encode_stories(stories, tokenizer, 64, cache)
 
 
@@ -334,11 +351,11 @@ def damage(path, rng):
 @pytest.mark.parametrize("listed", [True, False], ids=["with SHA256SUMS", "without"])
 def test_a_damaged_checkpoint_is_refused_or_equal(listed, finished, tmp_path, monkeypatch):
     """At 200 places of its files. Without SHA256SUMS a changed weight is not noticed, but nothing else may happen."""
-    rng, folder = random.Random(0), tmp_path / "checkpoints" / "last"
-    shutil.copytree(finished / "checkpoints" / "last", folder)
+    rng, folder = random.Random(0), tmp_path / "checkpoints" / "epoch_2"
+    shutil.copytree(finished / "checkpoints" / "epoch_2", folder)
     monkeypatch.chdir(tmp_path)
     if not listed:
-        (folder / project.SUMS).unlink()
+        (folder / "SHA256SUMS").unlink()
     expected = project.load_checkpoint(folder).state_dict()
     text = project.generate_text(project.load_checkpoint(folder), "Once", 30)
     names, refused = sorted(path.name for path in folder.iterdir()), 0
@@ -350,20 +367,41 @@ def test_a_damaged_checkpoint_is_refused_or_equal(listed, finished, tmp_path, mo
             model = project.load_checkpoint(folder)
             assert not listed or all(torch.equal(w, expected[name]) for name, w in model.state_dict().items())
             assert not listed or project.generate_text(model, "Once", 30) == text
-            optimizers = project.make_optimizers(model, project.Settings(), torch.float32)
-            project.restore_last(folder.parent, optimizers, torch.amp.GradScaler("cpu", enabled=False))
         except project.InputError as error:
             refused += 1
-            assert path.name == project.SUMS or path.name in str(error) or not listed
+            assert path.name == "SHA256SUMS" or path.name in str(error) or not listed
         path.write_bytes(content)
     assert refused > 100 if listed else refused > 20
+
+
+def test_a_damaged_last_save_is_refused_or_equal(finished, tmp_path, tiny):
+    """At 100 places."""
+    settings = project.parse(project.Settings, "", [*tiny.split(), "--checkpoints", str(tmp_path)])
+    rng, path, refused = random.Random(0), tmp_path / "last.pt", 0
+    shutil.copy(finished / "checkpoints" / "last.pt", path)
+    content, expected = path.read_bytes(), written(project.read_last(settings))
+    for _ in range(100):
+        damage(path, rng)
+        try:
+            assert written(project.read_last(settings)) == expected
+        except project.InputError as error:
+            refused += 1
+            assert "last.pt: cannot be read" in str(error)
+        path.write_bytes(content)
+    assert refused > 80
+
+
+def written(last):
+    file = io.BytesIO()
+    torch.save(last, file)
+    return file.getvalue()
 
 
 def test_a_model_of_absurd_size_is_refused_before_it_takes_memory(finished, tmp_path):
     for name, value in (("n_layer", 10**9), ("n_embd", 10**7), ("n_inner", 10**12), ("n_positions", 10**12)):
         folder = tmp_path / name
         shutil.copytree(finished / "checkpoints" / "epoch_1", folder)
-        (folder / project.SUMS).unlink()
+        (folder / "SHA256SUMS").unlink()
         config = folder / "config.json"
         before = {"n_layer": 2, "n_embd": 32, "n_inner": 64, "n_positions": 64}[name]
         text = config.read_text()
@@ -376,8 +414,8 @@ def test_a_model_of_absurd_size_is_refused_before_it_takes_memory(finished, tmp_
 def test_the_checksums_are_those_of_sha256sum(finished):
     if not shutil.which("sha256sum"):
         pytest.skip("no sha256sum here")
-    for folder in project.saved_folders(finished / "checkpoints"):
-        subprocess.run(["sha256sum", "--check", "--quiet", project.SUMS], cwd=folder, check=True)
+    for folder in project.saved_epochs(finished / "checkpoints"):
+        subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=folder, check=True)
 
 
 # --- Odd output and input
@@ -404,13 +442,10 @@ def test_a_terminal_that_shows_ascii_alone_and_a_prompt_that_is_no_text(finished
     assert ran.returncode == 2 and len(ran.stderr.splitlines()) == 1
 
 
-def test_an_epoch_that_was_finished_before_the_kill_is_not_done_again(finished, tmp_path, monkeypatch, tiny):
-    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+def test_the_steps_of_an_epoch_are_not_done_again_for_its_evaluation(finished, tmp_path, monkeypatch, tiny):
+    without_the_last_evaluation(finished, tmp_path)
     monkeypatch.chdir(tmp_path)
-    assert len(project.previous_run(project.parse(project.Settings, "", tiny.split()))["epochs"]) == 2
-    shutil.rmtree("checkpoints/epoch_2")
-    before = project.previous_run(project.parse(project.Settings, "", tiny.split()))
-    assert len(before["epochs"]) == 1 and not before["finished"] and before["step"] == 10
+    monkeypatch.setattr(project, "update", None)
     project.main(tiny.split())
     assert read_run()[1]["epochs"][1]["step"] == 10
     same_runs(tmp_path, finished)

@@ -1,6 +1,8 @@
 """From stories to batches: reading, splitting, tokenising, batching, padding."""
 
+import http.server
 import socket
+import threading
 
 import datasets
 import numpy as np
@@ -8,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from huggingface_hub import constants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -64,7 +67,7 @@ def test_a_text_file_may_have_a_separator_anywhere(workspace, monkeypatch):
             return self.file.read(3)
 
     monkeypatch.setattr("builtins.open", OneAtATime)
-    assert "<|endoftext|>".join(row["text"] for row in project.read_text_file(path, 0, 0)) == text
+    assert "<|endoftext|>".join(row["text"] for row in project.read_text(path, 0, 0)) == text
 
 
 def test_a_changed_text_file_is_read_again(workspace):
@@ -253,7 +256,7 @@ def test_a_bad_tokenizer_is_refused_in_one_line(name, workspace, refused):
 def test_an_unreadable_or_empty_tokenizer_folder_is_refused(workspace, tokenizer, refused, monkeypatch):
     tokenizer.save_pretrained(workspace / "broken")
     (workspace / "broken" / "tokenizer.json").write_text('{"version": "1.0", ')
-    assert "--tokenizer broken: cannot be loaded" in refused(project.main, "--data sample --tokenizer broken")
+    assert "--tokenizer broken: cannot be read" in refused(project.main, "--data sample --tokenizer broken")
 
     from transformers import AutoTokenizer, GPT2Tokenizer
 
@@ -267,11 +270,22 @@ def test_a_hub_that_does_not_answer_is_noticed(endpoint, monkeypatch):
     """silence: a port that takes connections and never says a word; without a time limit this test would hang."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         silent = f"http://127.0.0.1:{server.getsockname()[1]}"
-        monkeypatch.delenv("HF_HUB_OFFLINE")
-        monkeypatch.setenv("HF_ENDPOINT", silent if endpoint == "silence" else endpoint)
-        project.hub_answers.cache_clear()
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", silent if endpoint == "silence" else endpoint)
         assert project.hub_answers() is False
-        project.hub_answers.cache_clear()
+        assert constants.HF_HUB_OFFLINE  # for the libraries of the Hub
+
+
+def test_a_hub_that_answers_is_noticed(monkeypatch):
+    class NotFound(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.send_error(404)
+
+    with http.server.HTTPServer(("127.0.0.1", 0), NotFound) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        assert project.hub_answers() is True and not constants.HF_HUB_OFFLINE
 
 
 # --- Properties, for whatever hypothesis thinks of

@@ -53,7 +53,7 @@ def test_a_checkpoint_goes_to_the_hub(section, finished, monkeypatch):
     assert created == [options["repo_id"]] == ["your-name/tiny-stories"]
     names = {path.name for path in (finished / "checkpoints" / "epoch_2").iterdir()}
     assert {operation.path_in_repo for operation in operations} == names
-    assert "model.safetensors" in names and "training_state.pt" not in names
+    assert "model.safetensors" in names and "last.pt" not in names
 
 
 def test_ctranslate2_computes_and_writes_the_same(section, finished, model, capsys):
@@ -68,6 +68,7 @@ def test_ctranslate2_computes_and_writes_the_same(section, finished, model, caps
     torch.testing.assert_close(logits, model(ids).detach(), atol=1e-4, rtol=1e-4)
     story, n_prompt = names["story"].sequences_ids[0], len(project.encode(model.tokenizer, "Once upon a time"))
 
-    greedy = project.continue_rows(model, story[:n_prompt], 1, 20, lambda logits, *_: logits.argmax(-1))
-    new = greedy[0][n_prompt:]
+    sampling = {"method": "greedy", "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+    (greedy,) = project.continue_ids(model, story[:n_prompt], torch.zeros(1, 20), **sampling)
+    new = greedy[n_prompt:]
     assert story[n_prompt:][: len(new)] == new[: len(story) - n_prompt]

@@ -1,6 +1,5 @@
 """Generating text: against transformers' generate and samplers, and the command line of gpt2_generate.py."""
 
-import itertools
 import re
 import shutil
 import subprocess
@@ -30,7 +29,7 @@ PROMPT = "Once upon a time, in a small village"
 @pytest.fixture
 def checkpoint(model, workspace):
     folder = workspace / "checkpoints" / "epoch_1"
-    project.save_checkpoint(folder, model, {})
+    project.save_checkpoint(folder, model, {}, "")
     return folder
 
 
@@ -84,10 +83,14 @@ def test_greedy_texts_of_many_prompts_equal_those_of_transformers(penalty, model
     assert long == [project.generate_text(model, prompt, 150, repetition_penalty=penalty) for prompt in PROMPTS]
 
 
-def test_penalized_logits_equal_those_of_transformers():
-    logits, tokens = 3 * torch.randn(4, 50), torch.randint(0, 50, (4, 30))
+def test_penalized_logits_equal_those_of_transformers(monkeypatch):
+    logits, tokens, seen = 3 * torch.randn(4, 50), torch.randint(0, 50, (4, 30)), []
     expected = RepetitionPenaltyLogitsProcessor(1.7)(tokens, logits.clone())
-    torch.testing.assert_close(project.penalize(logits, tokens, 1.7), expected)
+    monkeypatch.setattr(project, "next_probabilities", lambda logits, *_: seen.append(logits) or logits.softmax(-1))
+    project.next_ids(logits, tokens, torch.rand(4, 1), "sample", 1.0, 0, 1.0, 1.7)
+    torch.testing.assert_close(seen[0], expected)
+    greedy = project.next_ids(logits, tokens, None, "greedy", 1.0, 0, 1.0, 1.7)
+    assert torch.equal(greedy, expected.argmax(-1, keepdim=True))
 
 
 @pytest.mark.parametrize("method", ["greedy", "sample"])
@@ -122,13 +125,18 @@ def test_a_sample_is_the_same_alone_and_among_others(model):
     assert texts == alone and len(set(texts)) == 8
 
 
-def test_what_is_picked_is_where_the_sum_exceeds_the_number():
+def test_what_is_picked_is_where_the_sum_exceeds_the_number(monkeypatch):
+    monkeypatch.setattr(project, "next_probabilities", lambda probabilities, *_: probabilities)
+
+    def pick(probabilities, numbers):
+        return project.next_ids(probabilities, torch.zeros(len(numbers), 1).long(), numbers, "sample", 1.0, 0, 1.0, 1.0)
+
     probabilities = torch.tensor([[0.0, 0.25, 0.0, 0.5, 0.25, 0.0]])
     numbers = {0.0: 1, 0.24: 1, 0.25: 3, 0.74: 3, 0.75: 4, 1 - 2**-24: 4}
     for number, expected in numbers.items():
-        assert project.pick(probabilities, torch.tensor([[number]])).item() == expected
+        assert pick(probabilities, torch.tensor([[number]])).item() == expected
     rough = torch.rand(50, 5000).softmax(-1) * (torch.rand(50, 5000) < 0.5)  # sums are not quite 1, and half are 0
-    assert rough.gather(1, project.pick(rough, torch.full((50, 1), 1 - 2**-24))[:, None]).min() > 0
+    assert rough.gather(1, pick(rough, torch.full((50, 1), 1 - 2**-24))).min() > 0
 
 
 def test_samples_follow_the_probabilities(model):
@@ -156,25 +164,20 @@ def test_several_samples_are_a_list_of_texts_that_differ(model):
     assert all(text.startswith(PROMPT) for text in texts)
 
 
-def force_end(monkeypatch, after):
-    """Make every text end after so many new tokens, and not before."""
-    continue_rows = project.continue_rows
+def force_end(monkeypatch, tokenizer, after):
+    """Make every text that begins with PROMPT end after so many new tokens, and not before."""
+    next_ids, n_tokens, end = project.next_ids, len(project.encode(tokenizer, PROMPT)) + after, tokenizer.eos_token_id
 
-    def ending(model, ids, n_rows, max_length, choose, *rest):
-        end, n_calls = model.tokenizer.eos_token_id, itertools.count()
+    def ending(logits, tokens, *arguments, **sampling):
+        ids = next_ids(logits, tokens, *arguments, **sampling)
+        return torch.full_like(ids, end) if tokens.size(1) == n_tokens else ids.where(ids != end, 5)
 
-        def choose_end(*arguments):
-            ids = choose(*arguments)
-            return torch.full_like(ids, end) if next(n_calls) == after else ids.where(ids != end, 5)
-
-        return continue_rows(model, ids, n_rows, max_length, choose_end, *rest)
-
-    monkeypatch.setattr(project, "continue_rows", ending)
+    monkeypatch.setattr(project, "next_ids", ending)
 
 
 @pytest.mark.parametrize("method", ["greedy", "sample"])
 def test_the_text_stops_at_the_end_of_the_story(method, model, monkeypatch):
-    force_end(monkeypatch, after=5)
+    force_end(monkeypatch, model.tokenizer, after=5)
     text = project.generate_text(model, PROMPT, 50, method, seed=0)
     assert "<|endoftext|>" not in text
     assert text == project.generate_text(model, PROMPT, 5, method, seed=0)
@@ -304,7 +307,7 @@ def test_a_batch_of_stories_is_that_of_single_ones(checkpoint, model, capsys):
 def test_the_newest_epoch_is_found_by_number(workspace, tokenizer):
     for name in ("epoch_9", "epoch_10", "epoch_11.tmp", "last"):
         (workspace / "checkpoints" / name).mkdir(parents=True)
-    assert gpt2_generate.newest_checkpoint().name == "epoch_10"
+    assert [path.name for path in project.saved_epochs("checkpoints")] == ["epoch_9", "epoch_10"]
 
 
 def test_interactive_reads_prompts_and_survives_a_bad_one(checkpoint, model, capsys, monkeypatch):
@@ -321,7 +324,7 @@ def test_interactive_reads_prompts_and_survives_a_bad_one(checkpoint, model, cap
 )
 def test_prompts_and_model_can_be_edited_in_any_form(prompts, expected, tmp_path):
     source = Path(gpt2_generate.__file__).read_text(encoding="utf-8")
-    start, end = source.index("PROMPTS = ("), source.index("@dataclass")
+    start, end = source.index("PROMPTS = ("), source.index("TEXTS = ")
     edited = tmp_path / "edited_generate.py"
     edited.write_text(f"{source[:start]}PROMPTS = {prompts!r}\nMODEL = None\n\n{source[end:]}", encoding="utf-8")
     code = "import edited_generate as g; s = g.parse(g.Settings, '', []); print(s.prompt, repr(s.model))"
@@ -364,7 +367,7 @@ def test_a_checkpoint_that_cannot_be_used_is_refused_in_one_line(checkpoint, wor
     def spoil(name, change):
         folder = workspace / name
         shutil.copytree(checkpoint, folder)
-        (folder / project.SUMS).unlink()  # which would notice every change
+        (folder / "SHA256SUMS").unlink()  # which would notice every change
         change(folder)
         line = refused(gpt2_generate.main, ["--model", str(folder)])
         assert name in line, line
@@ -392,12 +395,12 @@ def test_a_checkpoint_that_cannot_be_used_is_refused_in_one_line(checkpoint, wor
     assert not (workspace / "owned").exists()
     assert "llama" in spoil("llama", edit_config(model_type="llama"))
     spoil("relu", edit_config(activation_function="relu"))
-    assert "by config.json" in spoil("wider", edit_config(n_inner=96))
-    assert "2 layers of weights, 3 by config.json" in spoil("deeper", edit_config(n_layer=3))
+    assert "not of the sizes in its config.json" in spoil("wider", edit_config(n_inner=96))
+    assert "transformer.h.2." in spoil("deeper", edit_config(n_layer=3))
     spoil("word", edit_config(n_embd="wide"))
-    assert "500 in the model" in spoil("vocabulary", edit_config(vocab_size=500))
-    other = project.load_tokenizer("bpe:300", stories)
-    assert "300 tokens in the tokenizer" in spoil("tokenizer", other.save_pretrained)
+    assert "weight" in spoil("vocabulary", edit_config(vocab_size=500))
+    other = project.load_tokenizer("bpe:500", stories)
+    assert "500" in spoil("tokenizer", other.save_pretrained)
     assert "lm_head" in spoil("missing", edit_weights(lambda weights: weights.pop("lm_head.weight")))
     assert "extra" in spoil("unknown", edit_weights(lambda weights: weights.update(extra=torch.ones(1))))
     assert "finite" in spoil("nan", edit_weights(lambda weights: weights["transformer.ln_f.bias"].fill_(float("nan"))))
@@ -406,7 +409,6 @@ def test_a_checkpoint_that_cannot_be_used_is_refused_in_one_line(checkpoint, wor
 def test_a_saved_model_comes_back_bit_for_bit(checkpoint, model):
     loaded = project.load_checkpoint(checkpoint)
     assert not loaded.training and loaded.config.to_dict()["n_inner"] == model.config.n_inner
-    found = project.gpt2_layout(loaded)
-    for name, weight in project.gpt2_layout(model).items():
-        assert torch.equal(weight, found[name]), name
-    assert make_model(model.tokenizer).state_dict().keys() == loaded.state_dict().keys()
+    for name, weight in make_model(model.tokenizer).state_dict().items():
+        assert torch.equal(weight, loaded.state_dict()[name]), name
+    assert torch.equal(loaded.row, model.row) and model.state_dict().keys() == loaded.state_dict().keys()

@@ -13,7 +13,7 @@ import gpt2_tinystories as project
 @pytest.fixture
 def reference(model, tmp_path):
     """The same weights, read by transformers from a checkpoint folder."""
-    project.save_checkpoint(tmp_path / "epoch_1", model, {})
+    project.save_checkpoint(tmp_path / "epoch_1", model, {}, "")
     return AutoModelForCausalLM.from_pretrained(tmp_path / "epoch_1").eval()
 
 
@@ -44,10 +44,9 @@ def test_with_a_cache_token_by_token_gives_the_same_logits(model):
     input_ids = torch.randint(0, model.config.vocab_size, (2, 64))
     model.eval()
     whole = model(input_ids)
-    cache = [{} for _ in model.h]
+    cache = [{} for _ in model.transformer.h]
     inputs = [input_ids[:, :10]] + [input_ids[:, i : i + 1] for i in range(10, 64)]
-    pieces = [model.hidden_states(one, cache)[:, -1:] for one in inputs]
-    logits = model.lm_head(torch.cat(pieces, dim=1))[..., model.row]
+    logits = torch.cat([model(one, cache=cache) for one in inputs], dim=1)
     torch.testing.assert_close(logits, whole[:, 9:], atol=1e-5, rtol=1e-4)
 
 
@@ -67,7 +66,7 @@ def test_the_defaults_make_86_million_parameters(tokenizer):
     d, f = 768, 1536
     block = (d * 3 * d + 3 * d) + (d * d + d) + (d * f + f) + (f * d + d) + 2 * 2 * d
     by_hand = 2 * 50_257 * d + 256 * d + 2 * block + 2 * d
-    assert sum(weight.numel() for weight in project.gpt2_layout(model).values()) == by_hand == 86_846_976
+    assert sum(weight.numel() for weight in model.parameters()) == by_hand == 86_846_976
 
 
 def test_the_sinusoid_is_that_of_the_paper():
@@ -81,12 +80,12 @@ def test_the_sinusoid_is_that_of_the_paper():
 
 def test_positions_are_three_times_as_large_as_token_embeddings_and_not_trained(tokenizer):
     model = project.GPT(make_config(tokenizer, n_embd=128), tokenizer)
-    rms = {name: getattr(model, name).weight[:400].square().mean().sqrt().item() for name in ("wte", "wpe")}
+    rms = {name: model.transformer[name].weight[:400].square().mean().sqrt().item() for name in ("wte", "wpe")}
     assert rms["wpe"] == pytest.approx(3 * rms["wte"], rel=0.05)
-    assert not model.wpe.weight.requires_grad
+    assert not model.transformer.wpe.weight.requires_grad
     optimizers = project.make_optimizers(model, project.Settings(), torch.float32)
     trained = [id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-    assert sorted(trained) == sorted(id(p) for p in model.parameters() if p is not model.wpe.weight)
+    assert sorted(trained) == sorted(id(p) for p in model.parameters() if p is not model.transformer.wpe.weight)
 
 
 def test_dropout_works_in_training_and_only_there(tokenizer):

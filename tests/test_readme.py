@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import shlex
+import typing
 from pathlib import Path
 
 import gpt2_generate
@@ -17,7 +18,8 @@ def table(settings_class):
     rows = ["| flag | default | meaning |", "|---|---|---|"]
     for f in dataclasses.fields(settings_class):
         default = " ".join(f.default) if isinstance(f.default, tuple) else str(f.default)
-        meaning = f.metadata["help"] + (f" ({', '.join(f.metadata['choices'])})" if f.metadata["choices"] else "")
+        choices = typing.get_args(f.type)
+        meaning = f.metadata["help"] + (f" ({', '.join(choices)})" if choices else "")
         rows.append(f"| `--{f.name.replace('_', '-')}` | {f'`{default}`' if default else ''} | {meaning} |")
     return "\n".join(rows)
 

@@ -79,7 +79,7 @@ def test_an_empty_prompt_is_refused(workspace, refused):
 
 
 def test_a_device_that_is_not_there_is_refused(workspace, refused, monkeypatch):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     assert "--device cuda" in refused(project.main, "--device cuda")
 
 
@@ -87,7 +87,8 @@ def test_the_script_itself_ends_with_code_2_and_one_line(tmp_path):
     command = [sys.executable, ROOT / "gpt2_tinystories.py", "--n-head", "5"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == "gpt2_tinystories.py: --n-embd 768: must be a multiple of --n-head 5\n"
+    rule = "must be a multiple of --n-head 5 and even, for sines and cosines"
+    assert done.stderr == f"gpt2_tinystories.py: --n-embd 768: {rule}\n"
 
 
 def test_importing_is_light_and_trains_nothing(tmp_path):
@@ -106,6 +107,7 @@ def test_importing_is_light_and_trains_nothing(tmp_path):
 )
 def test_the_cpu_computes_in_bf16_only_where_it_has_instructions_for_it(capabilities, precision, monkeypatch):
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: capabilities, raising=False)
-    assert project.pick_precision("auto", "cpu") == precision
-    assert project.pick_precision("auto", "mps") == "fp32"
-    assert project.pick_precision("bf16", "cpu") == "bf16"
+    assert project.pick_device("cpu", "auto") == ("cpu", precision)
+    assert project.pick_device("cpu", "bf16") == ("cpu", "bf16")
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    assert project.pick_device("mps", "auto") == ("mps", "fp32")

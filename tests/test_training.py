@@ -53,7 +53,7 @@ def test_accumulated_batches_give_the_gradients_of_one_big_batch(numbers, unequa
 
 
 def test_the_loss_and_its_gradients_are_those_of_transformers(model, encoded, tmp_path):
-    project.save_checkpoint(tmp_path / "epoch_1", model, {})
+    project.save_checkpoint(tmp_path / "epoch_1", model, {}, "")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "epoch_1").eval()
     input_ids, targets = loader_of(encoded, [[0, 1, 2]])[0]
     labels = torch.cat((torch.full((3, 1), project.IGNORE), targets), dim=1)  # transformers moves them by one itself
@@ -64,7 +64,7 @@ def test_the_loss_and_its_gradients_are_those_of_transformers(model, encoded, tm
     targets[:, 63:] = project.IGNORE
     _, (loss_sum, _, n_tokens) = gradients(model.eval(), [(input_ids, targets)], 1)
     assert loss_sum / n_tokens == pytest.approx(loss.item(), rel=1e-5)
-    one, two = model.h[1].mlp.c_fc.weight.grad, theirs.transformer.h[1].mlp.c_fc.weight.grad.T
+    one, two = model.transformer.h[1].mlp.c_fc.weight.grad, theirs.transformer.h[1].mlp.c_fc.weight.grad.T
     torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-3)
     sums = torch.zeros_like(model.lm_head.weight).index_add_(0, model.row, theirs.lm_head.weight.grad)
     torch.testing.assert_close(model.lm_head.weight.grad, sums, atol=1e-6, rtol=1e-3)
@@ -126,7 +126,7 @@ def test_the_loss_of_rows_is_that_of_the_whole_vocabulary(dtype, tolerance, enco
 def test_the_compiled_model_has_the_loss_and_gradients_of_the_plain_one(model, encoded, capsys):
     batches = loader_of(encoded, [range(4), range(30, 33)])
     expected_sums, expected = plain_gradients(model, batches)
-    compiled = project.compile_model(model, batches[0], None)
+    compiled = project.make_learner(model, batches[0], project.Settings(compile="on"), None)
     assert "off" not in capsys.readouterr().out
     assert backward(compiled, batches) == pytest.approx(expected_sums)
     for p, gradient in zip((p for p in model.parameters() if p.requires_grad), expected, strict=True):
@@ -153,7 +153,7 @@ def test_accuracy_counts_right_guesses_by_hand(model, encoded):
 
 
 def test_perplexity_equals_that_of_transformers_for_every_batch_size(model, encoded, tmp_path):
-    project.save_checkpoint(tmp_path / "epoch_1", model, {})
+    project.save_checkpoint(tmp_path / "epoch_1", model, {}, "")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "epoch_1").eval()
     ids, lengths, _ = encoded
     nats = tokens = 0
@@ -224,21 +224,29 @@ def test_orthogonalize_keeps_the_singular_vectors_of_each_matrix(shape, dtype, s
         assert large.diag().min() > 0.3 and torch.linalg.matrix_norm(found, 2) < 1.4
 
 
-@pytest.mark.parametrize("spoiled", ["lm_head.weight", "h.0.attn.c_attn.weight"])  # of AdamW, of Muon
+@pytest.mark.parametrize("spoiled", ["lm_head.weight", "transformer.h.0.attn.c_attn.weight"])  # of AdamW, of Muon
 @pytest.mark.parametrize("value", [math.inf, math.nan])
 def test_a_gradient_that_overflows_in_fp16_is_skipped_whole(value, spoiled, model, encoded):
     optimizers = project.make_optimizers(model, project.Settings(), torch.float32)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     window = list(project.make_loader(encoded.ids, [[0, 1]]))
-    project.update(model, model, window, 100, optimizers, 1.0, nullcontext(), scaler)
+
+    def step():
+        project.backward(model, window, 100, nullcontext(), scaler)
+        return project.update(model, optimizers, 1.0, scaler)
+
+    assert step() > 0
     before = [p.detach().clone() for p in model.parameters()]
     hook = model.get_parameter(spoiled).register_hook(lambda gradient: torch.full_like(gradient, value))
-    bad = project.update(model, model, window, 100, optimizers, 1.0, nullcontext(), scaler)[2]
+    norm = step()
     assert all(torch.equal(one, two) for one, two in zip(before, model.parameters(), strict=True))
-    assert scaler.get_scale() == 4.0 and not bad  # the run goes on, with a smaller scale
+    assert scaler.get_scale() == 4.0 and norm == 0  # the run goes on, with a smaller scale
     hook.remove()
-    project.update(model, model, window, 100, optimizers, 1.0, nullcontext(), scaler)
+    step()
     assert not torch.equal(before[0], next(model.parameters()))
+    model.get_parameter(spoiled).register_hook(lambda gradient: torch.full_like(gradient, value))
+    norms = [step() for _ in range(3)]
+    assert scaler.get_scale() == 0.5 and norms[:2] == [0, 0] and not norms[2].isfinite()  # it cannot help any more
 
 
 # --- Whole runs
@@ -246,15 +254,13 @@ def test_a_gradient_that_overflows_in_fp16_is_skipped_whole(value, spoiled, mode
 
 def test_a_run_leaves_what_the_readme_says(finished):
     names = sorted(path.name for path in (finished / "checkpoints").iterdir())
-    assert names == [".lock", "data", "epoch_1", "epoch_2", "last"]
+    assert names == [".lock", "data", "epoch_1", "epoch_2", "last.pt"]
     standard = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     standard |= {"SHA256SUMS"}
     for epoch in (1, 2):
         folder = finished / "checkpoints" / f"epoch_{epoch}"
         assert {path.name for path in folder.iterdir()} == standard | {"training.json", "sample.txt"}
         assert (folder / "sample.txt").read_text().startswith("Once upon a time, in a small village")
-    last = {path.name for path in (finished / "checkpoints" / "last").iterdir()}
-    assert last == standard - {"model.safetensors"} | {"training.json", "training_state.pt"}
     plots = {path.name for path in (finished / "plots").iterdir()}
     assert plots == {".lock", "training_metrics.png", "training_metrics.csv"}
     assert (finished / "plots" / "training_metrics.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
@@ -306,10 +312,10 @@ def test_the_recorded_test_loss_is_that_of_the_saved_model(finished, monkeypatch
 def test_dropout_is_on_again_after_a_sample(workspace, monkeypatch):
     modes, forward = [], project.GPT.forward
 
-    def spy(model, *arguments):
+    def spy(model, *arguments, **options):
         if torch.is_grad_enabled():
-            modes.append((model.training, model.h[0].attn.training))
-        return forward(model, *arguments)
+            modes.append((model.training, model.transformer.h[0].attn.training))
+        return forward(model, *arguments, **options)
 
     monkeypatch.setattr(project.GPT, "forward", spy)
     train("--precision fp32")
@@ -326,20 +332,20 @@ def test_the_same_command_twice_gives_the_same_weights(finished, workspace):
 @settings(max_examples=4, deadline=None, derandomize=True, database=None)
 def test_a_continued_run_ends_like_an_unbroken_one(stops, finished):
     """Stopped after these of its 10 steps, in the middle of an epoch or at its end, with a save after every step."""
-    drain = project.drain
+    save_last = project.save_last
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
         patch.chdir(folder)
         for stop_after in stops:
 
-            def stopping(pending, progress, *rest, stop_after=stop_after):
-                if progress["step"] > stop_after:
+            def stopping(folder, step, *rest, stop_after=stop_after):
+                if step > stop_after:
                     raise KeyboardInterrupt
-                return drain(pending, progress, *rest)
+                return save_last(folder, step, *rest)
 
-            patch.setattr(project, "drain", stopping)
+            patch.setattr(project, "save_last", stopping)
             with pytest.raises(KeyboardInterrupt):
                 train("--save-every 0")
-        patch.setattr(project, "drain", drain)
+        patch.setattr(project, "save_last", save_last)
         train("--save-every 0")
         same_runs(project.Path(folder), finished)
 
@@ -357,20 +363,25 @@ def test_what_fails_after_an_epoch_loses_nothing(broken, finished, workspace, mo
     same_runs(workspace, finished)
 
 
-def test_a_save_that_is_cut_short_leaves_the_checkpoint_before_it(workspace, model, monkeypatch, tokenizer):
-    folder = workspace / "checkpoints" / "last"
-    record = {"settings": {}, "data": {"source": ""}, "epochs": [], "curve": [], "step": 1, "steps": 1}
-    project.save_checkpoint(folder, model, record | {"number": 1})
+def test_a_save_that_is_cut_short_leaves_the_checkpoint_before_it(workspace, model, monkeypatch):
+    def save(number):
+        project.save_checkpoint(folder / "epoch_1", model, {"number": number}, "Once")
+
+    def save_last(number):
+        project.save_last(folder, number, {}, {"model": model}, torch.zeros(9, 5))
+
+    folder = workspace / "checkpoints"
+    save(1)
+    save_last(1)
     with monkeypatch.context() as patch:
         patch.setattr(project, "flush", lambda path: (_ for _ in ()).throw(OSError("no space left on device")))
-        with pytest.raises(OSError, match="no space"):
-            project.save_checkpoint(folder, model, record | {"number": 2})
-    assert json.loads((folder / "training.json").read_text())["number"] == 1
-    project.load_checkpoint(folder)
-    (workspace / "checkpoints" / "last").rename(workspace / "checkpoints" / "last.old")  # between the two renames
-    with pytest.raises(project.InputError, match="another run"):
-        project.previous_run(project.Settings())
-    assert [path.name for path in (workspace / "checkpoints").iterdir()] == ["last"]
+        for saving in (save, save_last):
+            with pytest.raises(OSError, match="no space"):
+                saving(2)
+    assert json.loads((folder / "epoch_1" / "training.json").read_text())["number"] == 1
+    project.load_checkpoint(folder / "epoch_1")
+    assert torch.load(folder / "last.pt", weights_only=True)["record"]["step"] == 1
+    assert sorted(path.name for path in folder.iterdir()) == ["epoch_1", "last.pt"]
 
 
 def test_a_finished_run_is_reported_and_left_alone(finished, monkeypatch, capsys):
@@ -403,46 +414,58 @@ def test_a_run_whose_data_changed_is_refused(workspace, refused, monkeypatch):
     assert "stories was 40, is 39" in refused(project.main, arguments)
 
 
-@pytest.mark.parametrize("number, name", [(0, "exp_avg"), (0, "step"), (1, "momentum"), (1, "shape")])
-def test_a_state_of_other_optimizers_is_refused(number, name, finished, tmp_path):
-    folder = tmp_path / "last"
-    shutil.copytree(finished / "checkpoints" / "last", folder)
-    state = torch.load(folder / "training_state.pt", weights_only=True)
-    moments = state["moments"][number][0]
-    if name == "shape":
-        moments["momentum"] = torch.tensor(1.0)
-    else:
-        del moments[name]
-    torch.save(state, folder / "training_state.pt")
-    optimizers = project.make_optimizers(
-        project.load_checkpoint(finished / "checkpoints" / "last"), project.Settings(), torch.float32
-    )
-    with pytest.raises(project.InputError, match="training_state.pt: cannot be read"):
-        project.restore_last(tmp_path, optimizers, torch.amp.GradScaler("cpu", enabled=False))
+@pytest.mark.parametrize("spoiled", ["cut", "empty", "no zip", "pickle", "missing", "damaged"])
+def test_a_broken_last_save_is_refused_in_one_line(spoiled, finished, workspace, refused):
+    shutil.copytree(finished, workspace, dirs_exist_ok=True)
+    last = workspace / "checkpoints" / "last.pt"
+    content = last.read_bytes()
+    place = content.index(torch.load(last, weights_only=True)["model"]["lm_head.weight"].numpy().tobytes())
+    contents = {"cut": content[:1000], "empty": b"", "no zip": b"x" * 1000, "damaged": content[:place] + b"damaged"}
+    contents |= {"pickle": b"cos\nsystem\n(S'touch owned'\ntR."}
+    contents["damaged"] += content[len(contents["damaged"]) :]
+    last.unlink()
+    if spoiled in contents:
+        last.write_bytes(contents[spoiled])
+    line = refused(project.main, TINY)
+    assert "checkpoints/last.pt: cannot be read" in line and "--overwrite" in line
+    assert "weights_only" not in line
+    assert not (workspace / "owned").exists()
 
 
-@pytest.mark.parametrize("listed", [True, False], ids=["with SHA256SUMS", "without"])
-@pytest.mark.parametrize("spoiled", ["cut", "pickle", "missing", "older"])
-def test_a_broken_training_state_is_refused_in_one_line(spoiled, listed, workspace, refused, monkeypatch):
+class Owned:
+    def __reduce__(self):
+        return project.os.mkdir, ("owned",)
+
+
+RECORD = {"settings": {}, "data": {"source": ""}, "epochs": [{}]}
+
+
+@pytest.mark.parametrize("content", [[], {}, {"record": {}}, {"record": RECORD}, {"record": Owned()}], ids=str)
+def test_a_last_save_of_something_else_is_refused_in_one_line(content, workspace, refused):
+    (workspace / "checkpoints").mkdir()
+    torch.save(content, workspace / "checkpoints" / "last.pt")
+    line = refused(project.main, TINY)
+    assert "checkpoints/last.pt: cannot be read" in line and "--overwrite" in line
+    assert "weights_only" not in line
+    assert not (workspace / "owned").exists()
+
+
+@pytest.mark.parametrize("spoiled", ["model", "optimizer", "no optimizer"])
+def test_a_last_save_of_another_model_is_refused_in_one_line(spoiled, workspace, refused, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(project, "evaluate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             train()
-    state = workspace / "checkpoints" / "last" / "training_state.pt"
-    content = {"cut": state.read_bytes()[:1000], "pickle": b"cos\nsystem\n(S'touch owned'\ntR."}.get(spoiled)
-    older = {"progress": {}, "moments": [], "scaler": {}}
-    state.unlink()
-    if content:
-        state.write_bytes(content)
-    if spoiled == "older":
-        torch.save(older, state)
-    if not listed:
-        (state.parent / project.SUMS).unlink()
+    last = torch.load("checkpoints/last.pt", weights_only=True)
+    if spoiled == "model":
+        del last["model"]["lm_head.weight"]
+    elif spoiled == "optimizer":
+        last[1]["param_groups"].pop()
+    else:
+        del last[1]
+    torch.save(last, "checkpoints/last.pt")
     line = refused(project.main, TINY)
-    assert "checkpoints/last" in line and "--overwrite" in line or listed
-    assert "training_state.pt" in line or not listed
-    assert "weights_only" not in line
-    assert not (workspace / "owned").exists()
+    assert "checkpoints/last.pt: cannot be read" in line and "--overwrite" in line
 
 
 def test_max_steps_ends_the_run_and_the_decay_there(workspace, capsys):
@@ -457,9 +480,9 @@ def test_max_steps_ends_the_run_and_the_decay_there(workspace, capsys):
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(workspace, refused, monkeypatch):
     forward, calls = project.GPT.forward, []
 
-    def poisoned(model, input_ids, targets=None):
+    def poisoned(model, input_ids, targets=None, cache=None):
         if targets is None:
-            return forward(model, input_ids)
+            return forward(model, input_ids, cache=cache)
         loss, right = forward(model, input_ids, targets)
         calls.append(torch.is_grad_enabled())
         return (loss * float("nan") if sum(calls) == 15 else loss), right
@@ -467,8 +490,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(workspace, r
     with monkeypatch.context() as patch:
         patch.setattr(project.GPT, "forward", poisoned)
         line = refused(project.main, [*TINY.split(), "--save-every", "0"])  # it tries to save after every step
-    assert "step 8" in line and "not finite" in line and "last is good, of step 7" in line
-    assert project.load_checkpoint("checkpoints/last")  # which refuses numbers that are not finite
+    assert "step 8" in line and "not finite" in line and "the last save, of step 7, is good" in line
+    weights = torch.load("checkpoints/last.pt", weights_only=True)["model"]
+    assert all(weight.isfinite().all() for weight in weights.values())
     train("--save-every 0")
     _, record = read_run()
     assert record["epochs"][-1]["step"] == 10
@@ -493,16 +517,8 @@ def test_a_run_that_learned_its_stories_by_heart_names_its_best_epoch(workspace,
     monkeypatch.setattr(project, "evaluate", lambda *_: (next(losses), 0.5))
     train()
     shown = capsys.readouterr().out
-    assert "test perplexity 20.09" in shown and "lower in checkpoints/epoch_1, 7.39" in shown
+    assert "test perplexity 20.09" in shown and "lower in epoch 1, 7.39" in shown
     assert shown.endswith("next: python gpt2_generate.py --model checkpoints/epoch_1\n")
-
-
-def test_a_long_run_is_announced_with_a_shorter_command(capsys, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["gpt2_tinystories.py", "--seed", "1"])
-    assert project.note_if_long(11 * 3600, project.Settings()) and capsys.readouterr().out == ""
-    project.note_if_long(50 * 3600, project.Settings())
-    shown = capsys.readouterr().out
-    assert "about 50 hours" in shown and "gpt2_tinystories.py --seed 1 --fraction 0.002 " in shown
 
 
 def test_out_of_memory_is_one_line_with_a_way_out(capsys):
@@ -533,7 +549,7 @@ def test_a_trained_model_learns_to_end_its_stories(tokenizer, tmp_path):
 
 def test_a_prompt_that_does_not_fit_is_refused_before_the_training(workspace, refused):
     assert "--prompt" in refused(project.main, [*TINY.split(), "--prompt", "word " * 100])
-    assert not (workspace / "checkpoints" / "last").exists()
+    assert not (workspace / "checkpoints" / "last.pt").exists()
 
 
 def test_learning_rates_and_clipping_reach_the_optimizers(workspace, monkeypatch):
@@ -573,15 +589,6 @@ def test_other_folders_among_the_checkpoints_are_left_alone(workspace, capsys):
     train("--epochs 1")
     train("--epochs 1 --overwrite")
     assert all(path.exists() for path in mine) and not left.exists()
-
-
-@pytest.mark.parametrize(
-    "content", ["", '{"settings": ', "[]", "{}", '{"settings": {}, "data": {"source": ""}, "epochs": [{}]}']
-)
-def test_a_broken_record_is_refused_in_one_line(content, workspace, refused):
-    (workspace / "checkpoints" / "last").mkdir(parents=True)
-    (workspace / "checkpoints" / "last" / "training.json").write_text(content)
-    assert "--overwrite" in refused(project.main, TINY)
 
 
 def test_more_epochs_than_points_of_the_curve(workspace):
