@@ -622,11 +622,7 @@ def train(model, train_set, test_set, settings, record, last, precision):
     metrics = torch.zeros(n_steps, 5, device=device)  # loss, right, norm, tokens, seconds of steps
     state = {"model": model, "scaler": scaler} | dict(enumerate(optimizers))  # of last.pt
     if last:
-        say(f"continuing the interrupted run from its last save, after step {record['step']:,}")
-        metrics[: record["step"]] = last["metrics"]
-        for name, part in state.items():
-            part.load_state_dict(last[name] or part.state_dict())  # of a scaler not used it is {}
-        last.clear()  # its memory
+        restore(last, folder, state, metrics)
     test_batches = epoch_batches(test_set.lengths, settings.batch_size, settings.seed, 0)
     test_loader = make_loader(test_set.ids, share(test_batches))
     learner = make_learner(model, next(iter(test_loader)), settings, autocast)
@@ -871,8 +867,9 @@ def load_checkpoint(name, device="cpu", fold=True, **changes):
         config.tie_word_embeddings = theirs.lm_head.weight is theirs.transformer.wte.weight
         model = GPT(config, load_tokenizer(str(name), what="the tokenizer of"))
         model.load_state_dict(weights)
-        if max(model.tokenizer.get_vocab().values()) >= config.vocab_size:
-            raise ValueError(f"its tokenizer has more than the model's {config.vocab_size} tokens")
+        n_ids = max(model.tokenizer.get_vocab().values()) + 1
+        if n_ids > config.vocab_size:
+            raise ValueError(f"{n_ids} tokens in its tokenizer, {config.vocab_size} in the model")
     if fold:
         model.fold(~equal_rows(model))
     return model.to(device).eval()
@@ -925,6 +922,14 @@ def saved_epochs(folder):
     """The folders of the epochs in a checkpoints folder, in their order."""
     epochs = [path for path in Path(folder).glob("*") if re.fullmatch(r"epoch_\d+", path.name)]
     return sorted(epochs, key=lambda path: int(path.name[6:]))
+
+def restore(last, folder, state, metrics):
+    with reading(folder, folder / "last.pt", "; --overwrite starts over"):
+        metrics[: len(last["metrics"])] = last["metrics"]
+        for name, part in state.items():
+            part.load_state_dict(last[name] or part.state_dict())  # of a scaler not used it is {}
+    say(f"continuing the interrupted run from its last save, after step {len(last['metrics']):,}")
+    last.clear()  # to free its memory
 
 def remove_run(folder):
     for path in (*saved_epochs(folder), folder / "last.pt"):
@@ -1080,7 +1085,7 @@ def result(record):
     epochs, settings = record["epochs"], record["settings"]
     best = min(epochs, key=lambda epoch: epoch["test_loss"])
     why = "since then it has learned the stories by heart; more of them or fewer epochs help"
-    hint = f"\nIt was lower after epoch {best['epoch']}, {best['test_perplexity']:.2f}: {why}"
+    hint = f"\nIt was lower in epoch {best['epoch']}, {best['test_perplexity']:.2f}: {why}"
     hint = "" if best is epochs[-1] else hint
     best = f"{settings['checkpoints']}/epoch_{best['epoch']}"
     return (f"test perplexity {epochs[-1]['test_perplexity']:.2f}; the plots are in "
@@ -1166,8 +1171,9 @@ def run(main, hint=""):
     except OSError as error:  # a full disk, a folder that cannot be written
         message, code = str(error), 1
     except (MemoryError, RuntimeError) as error:
+        way_out = "halve --batch-size and double --accum-steps: the same updates"
         no_memory = "out of memory|allocate memory|enough memory"
-        message, code = "out of memory; training: halve --batch-size, double --accum-steps", 2
+        message, code = "out of memory; in training, " + way_out, 2
         if WORLD_SIZE > 1 and re.search("gloo|NCCL", str(error)):
             message, code = f"no connection to the other processes: {error}", 1
             time.sleep(10)  # the one that failed has said why, and torchrun ends this one

@@ -22,7 +22,9 @@ def prepare(settings):
     folder = Path(settings.checkpoints, "data")
     stories, source = project.load_stories(settings.data, folder)
     train_stories, test_stories, data = project.split_stories(stories, settings)
-    name = settings.tokenizer.replace("auto", "bpe:4096" if source == project.BUILT_IN else "gpt2")
+    name = settings.tokenizer
+    if name == "auto":
+        name = "bpe:4096" if source == project.BUILT_IN else "gpt2"
     tokenizer = project.load_tokenizer(name, train_stories)
     data |= {"source": source, "tokenizer": project.digest(tokenizer.backend_tokenizer.to_str().encode())}
     cache = f"{data['fingerprint']}-{data['tokenizer']}-{settings.n_positions}.arrow"

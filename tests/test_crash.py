@@ -105,8 +105,8 @@ def kill_at(n_operations, event_wanted="", name=""):
 
 
 def test_a_run_that_is_killed_again_and_again_ends_like_an_unbroken_one(finished, tmp_path, tiny):
-    rng, left, n_kills = random.Random(1), set(), 0
-    while (code := run(tmp_path, tiny + " --save-every 0", kill_at, rng.randrange(30, 120))[0]) == -signal.SIGKILL:
+    rng, left, n_kills = random.Random(16), set(), 0
+    while (code := run(tmp_path, tiny + " --save-every 0", kill_at, rng.randrange(20, 70))[0]) == -signal.SIGKILL:
         left |= {path.name for path in tmp_path.glob("checkpoints/*")}
         n_kills += 1
     assert code == 0 and n_kills >= 10
@@ -121,7 +121,7 @@ def test_a_new_run_is_killed_in_its_first_epoch(finished, tmp_path, tiny):
         (2, "os.rename", ".arrow.tmp"),
         (1, "os.rename", "last.pt.tmp"),
         (1, "os.rename", "epoch_1.tmp"),
-        (2, "open", "last.pt.tmp"),
+        (2, "os.rename", "last.pt.tmp"),
     )
     for number, place in enumerate(places):
         folder = tmp_path / str(number)
@@ -283,7 +283,7 @@ def test_a_disk_that_is_really_full(small_disk, tiny):
     assert code == 1 and "Traceback" not in output and "No space left" in line
     for folder in project.saved_epochs(small_disk / "checkpoints"):
         project.load_checkpoint(folder)
-    assert project.read_last(project.parse(project.Settings, "", [*tiny.split(), f"--checkpoints={small_disk}/checkpoints"]))
+    assert torch.load(small_disk / "checkpoints" / "last.pt", weights_only=True)
     assert not list(small_disk.glob("checkpoints/*.tmp"))
 
 

@@ -1,12 +1,14 @@
 """Several processes, as torchrun starts them, against one with the same stories a step."""
 
 import json
+import math
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +60,7 @@ def be_process(i, n_processes, port, prepare, *values):
     names = {"RANK": i, "LOCAL_RANK": i, "WORLD_SIZE": n_processes, "LOCAL_WORLD_SIZE": n_processes}
     os.environ |= {name: str(value) for name, value in names.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    project.RANK, project.WORLD_SIZE = i, n_processes
     if prepare:
         prepare(*values)
 
@@ -93,8 +96,8 @@ def assert_same_figures(one, two):
 
 def test_two_processes_learn_what_one_learns(pair, alone):
     assert_same_figures(pair, alone)
-    assert output(pair, 1) == "" and "in 2 processes on cpu" in output(pair, 0)
-    assert "6 steps of 32 stories, 8 at a time" in output(pair, 0)
+    assert output(pair, 1) == "" and "2 x cpu in fp32" in output(pair, 0)
+    assert "6 steps" in output(pair, 0)
     assert not list(pair.rglob("*.tmp"))
 
 
@@ -106,19 +109,20 @@ def test_four_processes_learn_what_one_learns(tiny, alone, tmp_path):
 
 def test_each_story_is_seen_once_by_one_process(monkeypatch):
     lengths = np.random.default_rng(0).integers(1, 50, 77)
-    batches = project.epoch_batches(lengths, 4, 1, 1)
+    settings = project.Settings(batch_size=4, accum_steps=2)
     for n_processes in (1, 3, 8):
-        monkeypatch.setenv("WORLD_SIZE", str(n_processes))
-        shares = []
-        for i in range(n_processes):
-            monkeypatch.setenv("RANK", str(i))
-            shares.append(project.share(batches))
-        assert len({len(part) for part in shares}) == 1
-        seen = [story for part in shares for batch in part for story in batch]
+        monkeypatch.setattr(project, "WORLD_SIZE", n_processes)
+        seen = []
+        for window in islice(project.step_batches(lengths, settings), math.ceil(20 / (2 * n_processes))):
+            shares = []
+            for i in range(n_processes):
+                monkeypatch.setattr(project, "RANK", i)
+                shares.append(project.share(window))
+            assert len({len(part) for part in shares}) == 1
+            of_step = [story for part in shares for batch in part for story in batch]
+            assert sorted(of_step) == sorted(np.concatenate(window))  # the stories that its number of tokens is of
+            seen += of_step
         assert sorted(seen) == list(range(77))
-        # The batches of a step, over all processes, are those that its number of tokens is of.
-        targets = [int(lengths[np.concatenate(window)].sum()) for window in zip(*shares, strict=True)]
-        assert targets == project.count_tokens(lengths, batches, n_processes)
 
 
 def test_an_empty_batch_changes_nothing(model):
@@ -171,13 +175,12 @@ def test_a_signal_saves_and_stops_all(tiny, pair, tmp_path):
     same_runs(tmp_path, pair)
 
 
-
 def slow_steps():
     """Make every step take 0.3 s, and note in a file that it begins."""
     update = project.update
 
     def slow_update(*arguments):
-        if not project.rank():
+        if not project.RANK:
             Path("steps").write_text("step")
         time.sleep(0.3)
         return update(*arguments)
@@ -186,28 +189,28 @@ def slow_steps():
 
 
 def poison_the_fourth_step():
-    update, left = project.update, [4]
+    backward, left = project.backward, [4]
 
-    def poisoned(model, *rest):
+    def poisoned(learner, *rest):
         left[0] -= 1
-        if not left[0] and project.rank():
-            model.ln_f.bias.data[0] = float("nan")
-        return update(model, *rest)
+        if not left[0] and project.RANK:
+            learner.module.transformer.ln_f.bias.data[0] = float("nan")
+        return backward(learner, *rest)
 
-    project.update = poisoned
+    project.backward = poisoned
 
 
 def test_a_loss_that_is_not_finite_is_told_once(tiny, tmp_path):
     assert run_all(tmp_path, f"{tiny} --save-every 0", 2, poison_the_fourth_step) == [2, 2]
     assert "step 4: the loss or its gradient is not finite" in output(tmp_path, 0).splitlines()[-1]
-    assert "checkpoints/last is good, of step 3" in output(tmp_path, 0).splitlines()[-1]
+    assert "the last save, of step 3, is good" in output(tmp_path, 0).splitlines()[-1]
     assert output(tmp_path, 1) == ""
 
 
 def no_hub_in_process_0():
     """As if it answered the others: they may not ask it."""
-    os.environ["HF_HUB_OFFLINE"] = "" if project.rank() else "1"
-    project.hub_answers = lambda: project.rank() > 0
+    os.environ["HF_HUB_OFFLINE"] = "" if project.RANK else "1"
+    project.hub_answers = lambda: project.RANK > 0
 
 
 def test_all_processes_take_the_stories_that_the_first_one_found(tiny, tmp_path):
@@ -221,7 +224,7 @@ def other_stories_in_process_1():
 
     def other(*arguments):
         train, test, counts = split_stories(*arguments)
-        return train, test, counts | {"fingerprint": f"of process {project.rank()}"}
+        return train, test, counts | {"fingerprint": f"of process {project.RANK}"}
 
     project.split_stories = other
 
@@ -235,7 +238,7 @@ def fail_in_process_1():
     update = project.update
 
     def failing(*arguments):
-        if project.rank():
+        if project.RANK:
             raise torch.OutOfMemoryError("out of memory")
         return update(*arguments)
 
@@ -266,5 +269,5 @@ def test_torchrun_trains(tiny, pair, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("epoch 2/2") == 1 and "Warning" not in done.stderr
     same_runs(tmp_path, pair)
-    record = json.loads((tmp_path / "checkpoints" / "last" / "training.json").read_text())
+    record = json.loads((tmp_path / "checkpoints" / "epoch_2" / "training.json").read_text())
     assert record["processes"] == 2
