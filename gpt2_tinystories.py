@@ -256,8 +256,6 @@ def encode_stories(stories, tokenizer, n_positions, file):
 
     id_type = "uint16" if len(tokenizer) <= 1 << 16 else "int32"
     features = Features({"ids": Sequence(Value(id_type)), "n_cut": Value("int64")})
-    if RANK and not file.exists():
-        raise InputError(f"{file} is not here: the processes need the same folders")
     if not file.exists():
         for leftover in file.parent.glob("tmp*"):  # of a process that was killed
             leftover.unlink()
@@ -867,8 +865,7 @@ def load_checkpoint(name, device="cpu", fold=True, **changes):
         config.tie_word_embeddings = theirs.lm_head.weight is theirs.transformer.wte.weight
         model = GPT(config, load_tokenizer(str(name), what="the tokenizer of"))
         model.load_state_dict(weights)
-        n_ids = max(model.tokenizer.get_vocab().values()) + 1
-        if n_ids > config.vocab_size:
+        if (n_ids := max(model.tokenizer.get_vocab().values()) + 1) > config.vocab_size:
             raise ValueError(f"{n_ids} tokens in its tokenizer, {config.vocab_size} in the model")
     if fold:
         model.fold(~equal_rows(model))
@@ -1125,8 +1122,9 @@ def reading(name, what, hint=""):
         if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             raise OSError(f"{what}: {cause}") from error
         why = str(cause).partition(". ")[0]  # torch goes on to advise weights_only=False
-        why = "and the Hugging Face Hub cannot be reached" if offline else why
-        problem = "cannot be read:" if here else "no such file or folder,"
+        problem = "cannot be read:" if here else "no such file or folder; on the Hub:"
+        if offline:
+            problem, why = "no such file or folder,", "and the Hugging Face Hub cannot be reached"
         raise InputError(f"{what}: {problem} {why}{hint}") from error
 
 def hub_answers():

@@ -203,7 +203,7 @@ def poison_the_fourth_step():
 def test_a_loss_that_is_not_finite_is_told_once(tiny, tmp_path):
     assert run_all(tmp_path, f"{tiny} --save-every 0", 2, poison_the_fourth_step) == [2, 2]
     assert "step 4: the loss or its gradient is not finite" in output(tmp_path, 0).splitlines()[-1]
-    assert "the last save, of step 3, is good" in output(tmp_path, 0).splitlines()[-1]
+    assert "last.pt is good, of step 3" in output(tmp_path, 0).splitlines()[-1]
     assert output(tmp_path, 1) == ""
 
 
