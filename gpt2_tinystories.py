@@ -664,6 +664,7 @@ def train(model, train_set, test_set, settings, record, last, precision):
             if due:
                 save_last(folder, step + 1, record, state, metrics)
                 saved = time.monotonic()
+                stop = stop or int(total(torch.tensor(len(signals))))  # before an evaluation
             if stop:
                 number = max(signals, default=signal.SIGTERM)  # another process may have got it
                 raise KeyboardInterrupt(number, f"saved after step {step + 1:,} of {n_steps:,}")
@@ -1107,6 +1108,8 @@ def parse(settings_class, description, argv=None):
         parser.add_argument("--" + f.name.replace("_", "-"), help=text, **kind)
     return settings_class(**vars(parser.parse_args(argv)))
 
+NO_MEMORY = "out of memory|allocate memory|enough memory"  # on a CPU in a RuntimeError
+
 @contextmanager
 def reading(name, what, hint=""):
     """Inside, something of the user's is read, from a path or, where there is none, from the Hub.
@@ -1118,6 +1121,8 @@ def reading(name, what, hint=""):
     except (InputError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # each kind of broken file raises another; the message names it
+        if re.search(NO_MEMORY, str(error)):
+            raise
         cause = error.__cause__ or error
         if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             raise OSError(f"{what}: {cause}") from error
@@ -1170,12 +1175,11 @@ def run(main, hint=""):
         message, code = str(error), 1
     except (MemoryError, RuntimeError) as error:
         way_out = "halve --batch-size and double --accum-steps: the same updates"
-        no_memory = "out of memory|allocate memory|enough memory"
         message, code = "out of memory; in training, " + way_out, 2
         if WORLD_SIZE > 1 and re.search("gloo|NCCL", str(error)):
             message, code = f"no connection to the other processes: {error}", 1
             time.sleep(10)  # the one that failed has said why, and torchrun ends this one
-        elif not (isinstance(error, MemoryError) or re.search(no_memory, str(error))):
+        elif not (isinstance(error, MemoryError) or re.search(NO_MEMORY, str(error))):
             raise
     if RANK == 0 or (dist.is_initialized() and code < 128):  # else all say the same
         print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)

@@ -24,8 +24,8 @@ import gpt2_generate
 import gpt2_tinystories as project
 
 processes = multiprocessing.get_context("forkserver")
-SLOW = "torch torch._dynamo datasets matplotlib.figure safetensors.torch transformers.models.auto.tokenization_auto"
-processes.set_forkserver_preload([*SLOW.split(), "transformers.models.gpt2", "transformers.generation"])
+SLOW = "torch torch._dynamo datasets pandas matplotlib.figure transformers.models.auto.tokenization_auto"
+processes.set_forkserver_preload([*SLOW.split(), "transformers.models.gpt2.modeling_gpt2"])
 
 
 @pytest.fixture(scope="module")
