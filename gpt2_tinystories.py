@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch>=2.9,<2.14", "transformers>=5.17,<6", "datasets>=5.0,<6",
-#                 "matplotlib>=3.8,<4", "tqdm>=4.66,<5"]
+# dependencies = ["torch>=2.13,<2.14", "transformers>=5.24,<6", "datasets>=5.2,<6",
+#                 "matplotlib>=3.11,<4", "tqdm>=4.70,<5"]
 # ///
 """Train a small GPT-2 on TinyStories: one file, made to be read from top to bottom.
 
