@@ -518,9 +518,10 @@ def continue_ids(model, ids, numbers, stop=(), streamer=None, **sampling):
 def next_ids(logits, tokens, numbers, method, temperature, top_k, top_p, repetition_penalty):
     """Ids (B, 1) after tokens (B, T), from logits (B, V) and random numbers (B, 1). The penalty is
     that of Keskar et al., "CTRL: A Conditional Transformer Language Model", section 4.1."""
-    seen = logits.gather(1, tokens)
-    seen = torch.where(seen < 0, seen * repetition_penalty, seen / repetition_penalty)
-    logits = logits.scatter(1, tokens, seen)
+    if repetition_penalty != 1:
+        seen = logits.gather(1, tokens)
+        seen = torch.where(seen < 0, seen * repetition_penalty, seen / repetition_penalty)
+        logits = logits.scatter(1, tokens, seen)
     if method == "greedy":
         return logits.argmax(-1, keepdim=True)
     sums = next_probabilities(logits, temperature, top_k, top_p).float().cumsum(-1)
@@ -931,8 +932,7 @@ def restore(last, folder, state, metrics):
 
 def remove_run(folder):
     for path in (*saved_epochs(folder), folder / "last.pt"):
-        if RANK == 0:
-            remove(path)
+        remove(path)
 
 @contextmanager
 def whole_or_absent(path):
@@ -1041,29 +1041,30 @@ def main(argv=None):
             return
         if not settings.init:  # whose rows all differ
             model.fold(tokens_in((train_set, test_set), model.config.vocab_size))
-        if settings.overwrite:
+        if settings.overwrite and RANK == 0:
             remove_run(folder)
         train(model.to(device), train_set, test_set, settings, record, last, precision)
         say(result(record))
 
 def load_base(settings):
     """The model of --init, all of whose weights will be trained."""
-    rates = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), settings.dropout)
-    model = load_checkpoint(settings.init, fold=False, **rates)
+    model = load_checkpoint(settings.init, fold=False, **dropout_rates(settings))
     n, most = settings.n_positions, model.config.n_positions
     require(n <= most, "n_positions", n, f"the checkpoint of --init {settings.init} has {most}")
     model.transformer.wpe.weight.requires_grad_()
     return model
 
+def dropout_rates(settings):
+    return dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), settings.dropout)
+
 def model_config(settings, tokenizer):
     from transformers import GPT2Config
     names = ("n_positions", "n_embd", "n_layer", "n_head", "n_inner")
-    rates = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), settings.dropout)
     ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_token_id)
     return GPT2Config(  # n_ctx is an older name, which llama.cpp's converter asks for
-        **{name: getattr(settings, name) for name in names}, n_ctx=settings.n_positions, **rates,
-        **ends, vocab_size=len(tokenizer), tie_word_embeddings=False, dtype="float32",
-        architectures=["GPT2LMHeadModel"])
+        **{name: getattr(settings, name) for name in names}, n_ctx=settings.n_positions,
+        **dropout_rates(settings), **ends, vocab_size=len(tokenizer), tie_word_embeddings=False,
+        dtype="float32", architectures=["GPT2LMHeadModel"])
 
 def new_record(settings, data, model, before):
     """What training.json holds; of a run that goes on with the step and the epochs it has."""
