@@ -19,7 +19,6 @@ D = C / H, V = vocab_size, R <= V rows of the embedding: tokens of no story shar
 """
 
 import argparse
-import errno
 import json
 import math
 import os
@@ -29,14 +28,15 @@ import signal
 import sys
 import time
 import zipfile
-from contextlib import contextmanager, nullcontext
+from collections import namedtuple
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from hashlib import blake2b, file_digest
 from itertools import count
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -47,15 +47,13 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 # transformers, datasets and matplotlib are imported where they are used: importing this is quick.
-
-HUB_STORIES, LOCAL_STORIES = "roneneldan/TinyStories", "tinystories_local"
+HUB_STORIES, LOCAL_STORIES = "roneneldan/TinyStories", Path("tinystories_local")
 BUILT_IN, N_BUILT_IN = "built-in stories", 12_000
 END_OF_STORY = "<|endoftext|>"
 IGNORE = -100  # the target of padding
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RANK = int(os.environ.get("RANK", 0))  # of this process: the first one alone prints and writes
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # processes
-
 
 # --- Settings: a field is a flag, a row of the README's table, an entry in training.json --------
 
@@ -69,6 +67,7 @@ def require(condition, name, value, rule):
 RULES = {
     "x >= 1": "n_embd n_layer n_head n_inner epochs batch_size accum_steps max_length num_samples",
     "x >= 2": "n_positions",
+    "x % n_head == x % 2 == 0": "n_embd",
     "0 <= x < inf": "warmup_steps weight_decay max_steps save_every top_k",
     "0 < x < inf": "learning_rate muon_learning_rate grad_clip temperature repetition_penalty",
     "0 < x < 1": "test_fraction",
@@ -82,7 +81,7 @@ def check_rules(settings):
     """Raise InputError for the first of settings, a dict, that breaks its rule."""
     for rule, names in RULES.items():
         for name in settings.keys() & names.split():
-            holds = eval(rule, {"x": settings[name], "inf": math.inf})
+            holds = eval(rule, {"inf": math.inf, "x": settings[name]} | settings)
             require(holds, name, settings[name], f"the rule is {rule}")
 
 def flag(default, help):
@@ -122,71 +121,57 @@ class Settings:
 
     def __post_init__(self):
         check_rules(asdict(self))
-        rule = f"must be a multiple of --n-head {self.n_head} and even, for sines and cosines"
-        fits = self.n_embd % self.n_head == 0 and self.n_embd % 2 == 0
-        require(fits, "n_embd", self.n_embd, rule)
         for name in ("tokenizer", "n_embd", "n_layer", "n_head", "n_inner", "muon_learning_rate"):
-            value, default = getattr(self, name), getattr(Settings, name)
-            rule = f"cannot be chosen with --init {self.init}"
-            require(not self.init or value == default, name, value, rule)
-
+            is_free = not self.init or getattr(self, name) == getattr(Settings, name)
+            require(is_free, name, getattr(self, name), f"cannot be chosen with --init {self.init}")
 
 # --- Data: stories, tokenizer, token ids, batches of similar length -----------------------------
 
 def load_stories(data, cache_dir):
-    """A datasets.Dataset with a column `text`, and the name of its source."""
+    """A datasets.Dataset of one column, `text`, and the name of its source."""
+    from datasets import Dataset, load_dataset, load_from_disk
     if data == "auto":
         data = default_stories()
     if data == "sample":
-        return built_in_stories(), BUILT_IN
-    with reading(data, f"--data {data}"):
-        stories = read_stories(Path(data), str(cache_dir))
-        if isinstance(stories, dict) and "train" not in stories:  # a DatasetDict
-            raise ValueError(f"has no split `train`, only {', '.join(stories)}")
+        from sample_stories import sample_stories
+        return Dataset.from_dict({"text": list(sample_stories(N_BUILT_IN))}), BUILT_IN
+    path, options = Path(data), {"cache_dir": str(cache_dir)}
+    needed = ("; it must be a save_to_disk folder, a .txt, .jsonl or .parquet file or a Hub id, "
+              "with strings in a column `text`; of its splits, `train` is taken")
+    with reading(data, f"--data {data}", needed):
+        if not path.exists():
+            stories = load_dataset(path.as_posix(), split="train")
+        elif path.is_dir():
+            stories = load_from_disk(data)
+        elif path.suffix == ".txt":
+            file = path.stat()
+            file = {"path": data, "size": file.st_size, "changed": file.st_mtime_ns}
+            stories = Dataset.from_generator(read_text, gen_kwargs=file, **options)
+        else:
+            kind = {".jsonl": "json", ".parquet": "parquet"}[path.suffix]
+            stories = load_dataset(kind, data_files=data, split="train", **options)
         stories = stories["train"] if isinstance(stories, dict) else stories
-        kinds = {name: getattr(kind, "dtype", kind) for name, kind in stories.features.items()}
-        if kinds.get("text") not in ("string", "large_string"):
-            raise ValueError(f"needs a column `text` of strings, has {kinds}")
-    return stories, (Path(data).name if Path(data).exists() else data)
+        stories = stories.with_format(None).select_columns("text")
+        if "string" not in getattr(stories.features["text"], "dtype", ""):
+            raise ValueError(f"`text` has {stories.features['text']}")
+    return stories, (path.name if path.exists() else data)
 
 def default_stories():
     """./tinystories_local, downloaded if need be; "sample" where that is not possible."""
-    if RANK == 0 and not Path(LOCAL_STORIES).exists():
+    if RANK == 0 and not LOCAL_STORIES.exists():
         say(f"stories    looking for {HUB_STORIES} on the Hugging Face Hub (1 GB, kept here)")
         try:
             stories, _ = load_stories(HUB_STORIES, None)
-            with whole_or_absent(Path(LOCAL_STORIES)) as folder:
+            with whole_or_absent(LOCAL_STORIES) as folder:
                 stories.save_to_disk(folder)
         except InputError as error:
-            say(f"{'=' * 99}\nTHE BUILT-IN STORIES are used: no ./{LOCAL_STORIES} here, no download"
-                " possible.\nFor the real ones bring that folder or a network, and start over with "
-                f"--overwrite.\n({error})\n{'=' * 99}")
-    return LOCAL_STORIES if Path(LOCAL_STORIES).exists() else "sample"
+            line = "=" * 99
+            say(f"{line}\nTHE BUILT-IN STORIES are used: no ./{LOCAL_STORIES} here and no download:"
+                f"\n{error}\nOnce there is one, start over with --overwrite.\n{line}")
+    return str(LOCAL_STORIES) if LOCAL_STORIES.exists() else "sample"
 
-def built_in_stories():
-    from datasets import Dataset
-
-    from sample_stories import sample_stories
-    return Dataset.from_dict({"text": list(sample_stories(N_BUILT_IN))})
-
-def read_stories(path, cache_dir):
-    from datasets import Dataset, load_dataset, load_from_disk
-    if path.is_dir():
-        return load_from_disk(str(path))
-    if not path.exists():
-        return load_dataset(path.as_posix(), split="train")
-    size, changed = path.stat().st_size, path.stat().st_mtime_ns
-    kind = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}.get(path.suffix)
-    if not kind or not size:
-        raise ValueError("is empty, or neither a folder nor a .txt, .jsonl or .parquet file")
-    if kind == "text":
-        file = {"path": str(path), "size": size, "changed": changed}
-        return Dataset.from_generator(read_text, gen_kwargs=file, cache_dir=cache_dir)
-    return load_dataset(kind, data_files=str(path), split="train", cache_dir=cache_dir)
-
-def read_text(path, size, changed):
-    """Yield the stories of a text file, separated by <|endoftext|>. Its size and the time of its
-    last change are for the cache of datasets alone."""
+def read_text(path, size, changed):  # the latter two for the cache of datasets, not used here
+    """Yield the stories of a text file, separated by <|endoftext|>."""
     rest = ""
     with open(path, encoding="utf-8") as file:
         while part := file.read(1 << 20):
@@ -197,7 +182,7 @@ def read_text(path, size, changed):
 def split_stories(stories, settings):
     """(train, test, counts): a seeded random slice, without empty stories and duplicates."""
     rng = np.random.default_rng(settings.seed)
-    n_chosen = max(1, round(settings.fraction * len(stories))) if len(stories) else 0
+    n_chosen = min(len(stories), max(1, round(settings.fraction * len(stories))))
     chosen = stories.select(np.sort(rng.choice(len(stories), n_chosen, replace=False)))
     texts = ((text or "").strip() for rows in chosen.iter(1000) for text in rows["text"])
     hashes = (int(digest(text.encode()), 16) if text else 0 for text in texts)
@@ -205,11 +190,11 @@ def split_stories(stories, settings):
     _, first = np.unique(hashes, return_index=True)  # the first story of each text
     kept = rng.permutation(np.sort(first[hashes[first] != 0]))  # without the empty ones
     n_test = max(1, round(settings.test_fraction * len(kept)))
-    n_empty = int((hashes == 0).sum())
-    require(n_test < len(kept), "data", settings.data, f"{len(stories)} stories, of which "
-            f"--fraction {settings.fraction} leaves {len(kept)}: too few to train and test "
-            f"(--fraction 1 takes all; a .txt needs {END_OF_STORY} between)")
+    rule = (f"{len(stories)} stories, of which --fraction {settings.fraction} leaves {len(kept)}: "
+            f"too few (--fraction 1 takes all; a .txt needs {END_OF_STORY} between)")
+    require(n_test < len(kept), "data", settings.data, rule)
     test, train = np.sort(kept[:n_test]), np.sort(kept[n_test:])
+    n_empty = int((hashes == 0).sum())
     counts = {"stories": len(stories), "train_stories": len(train), "test_stories": n_test,
               "empty": n_empty, "duplicates": n_chosen - n_empty - len(kept),
               "fingerprint": digest(hashes[np.concatenate((train, test))].tobytes())}
@@ -227,8 +212,7 @@ def load_tokenizer(name, stories=None, what="--tokenizer"):
         # Of a story 10,000 characters at most: a very long word takes quadratic time.
         texts = ([text[:10_000] for text in rows["text"]] for rows in stories.iter(1000))
         return GPT2Tokenizer().train_new_from_iterator(texts, size, show_progress=False)
-    hint = "" if stories is None else "; bpe:4096 needs no network"
-    with reading(name, f"{what} {name}", hint):
+    with reading(name, f"{what} {name}", "; bpe:4096 needs no network" if stories else ""):
         tokenizer = AutoTokenizer.from_pretrained(name)
         # Where files are missing, some versions of transformers return an empty tokenizer.
         if len(tokenizer) <= 256 or not tokenizer.is_fast or tokenizer.eos_token_id is None:
@@ -240,10 +224,9 @@ def encode(tokenizer, texts):
     options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
     return tokenizer(texts, **options)["input_ids"]
 
-class Tokens(NamedTuple):
-    ids: Any  # a memory-mapped Arrow column of the ids of each story
-    lengths: np.ndarray  # number of targets of each story: its ids but the first
-    n_cut: int  # tokens that were cut off, of all stories
+# ids: a memory-mapped Arrow column; lengths: an array of the number of targets of each story, its
+# ids but the first; n_cut: how many tokens were cut off in all.
+Tokens = namedtuple("Tokens", "ids lengths n_cut")
 
 def encode_stories(stories, tokenizer, n_positions, file):
     """The Tokens of stories, kept in a file: ids and <|endoftext|>, n_positions + 1 at most."""
@@ -260,16 +243,16 @@ def encode_stories(stories, tokenizer, n_positions, file):
         for leftover in file.parent.glob("tmp*"):  # of a process that was killed
             leftover.unlink()
         with whole_or_absent(file) as new:
-            stories.map(encode_rows, batched=True, remove_columns=stories.column_names,
-                        features=features, desc="tokenising", cache_file_name=str(new))
+            stories.map(encode_rows, batched=True, remove_columns="text", features=features,
+                        desc="tokenising", cache_file_name=str(new))
     with reading(file, file, "; delete it"):
         table = Dataset.from_file(str(file)).data
     lengths = [np.diff(chunk.offsets) - 1 for chunk in table.column("ids").chunks]
     return Tokens(table.column("ids"), np.concatenate(lengths), int(np.sum(table.column("n_cut"))))
 
 def epoch_batches(lengths, batch_size, seed, epoch):
-    """The batches of an epoch, arrays of story numbers, each story once: a pure function of its
-    arguments. Stories of similar length come together, so that little of a batch is padding."""
+    """The batches of an epoch, arrays of story numbers: a pure function of its arguments. Stories
+    of similar length come together, so that little of a batch is padding."""
     rng = np.random.default_rng((seed, epoch))
     order, batches = rng.permutation(len(lengths)), []
     for window in np.split(order, range(100 * batch_size, len(order), 100 * batch_size)):
@@ -290,17 +273,15 @@ def step_batches(lengths, settings, first_step=0):
 
 def pad_batch(stories):
     """(input_ids, targets), both (B, T): the ids, and the same moved by one. The target of padding
-    is IGNORE; the <|endoftext|> that ends a story is a real one. No stories become one token of
-    padding."""
+    is IGNORE; the <|endoftext|> that ends a story is a real one."""
     stories = [torch.from_numpy(story.values.to_numpy().astype(np.int64)) for story in stories]
-    stories = stories or [torch.full((2,), IGNORE)]
+    stories = stories or [torch.full((2,), IGNORE)]  # of no stories: one token of padding
     ids = nn.utils.rnn.pad_sequence(stories, batch_first=True, padding_value=IGNORE)
     return ids[:, :-1].clamp(min=0), ids[:, 1:]
 
 def make_loader(ids, batches):
     """A DataLoader of (input_ids, targets) for batches of story numbers."""
     return torch.utils.data.DataLoader(ids, batch_sampler=batches, collate_fn=pad_batch)
-
 
 # --- Model: GPT-2 (Radford et al., 2019), as transformers.GPT2LMHeadModel computes it -----------
 
@@ -310,7 +291,6 @@ class CausalSelfAttention(nn.Module):
         self.n_head, self.attn_pdrop = config.n_head, config.attn_pdrop
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
-        self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(self, x, cache=None):
         B, T, C = x.shape
@@ -323,17 +303,7 @@ class CausalSelfAttention(nn.Module):
         # With a filled cache T is 1, and the one new token may look at everything.
         dropout_p = self.attn_pdrop if self.training else 0.0
         x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=T > 1)
-        return self.resid_dropout(self.c_proj(x.transpose(1, 2).reshape(B, T, C)))
-
-class MLP(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, config.n_inner)
-        self.c_proj = nn.Linear(config.n_inner, config.n_embd)
-        self.dropout = nn.Dropout(config.resid_pdrop)
-
-    def forward(self, x):
-        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+        return self.c_proj(x.transpose(1, 2).reshape(B, T, C))
 
 class Block(nn.Module):
     def __init__(self, config):
@@ -341,19 +311,24 @@ class Block(nn.Module):
         self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.attn = CausalSelfAttention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.mlp = MLP(config)
+        self.mlp = nn.Sequential()  # in this order
+        self.mlp.c_fc = nn.Linear(config.n_embd, config.n_inner)
+        self.mlp.act = nn.GELU(approximate="tanh")
+        self.mlp.c_proj = nn.Linear(config.n_inner, config.n_embd)
+        self.drop = nn.Dropout(config.resid_pdrop)
 
     def forward(self, x, cache=None):
-        x = x + self.attn(self.ln_1(x), cache)
-        return x + self.mlp(self.ln_2(x))
+        x = x + self.drop(self.attn(self.ln_1(x), cache))
+        return x + self.drop(self.mlp(self.ln_2(x)))
 
 class GPT(nn.Module):
-    """GPT-2, but for its positions, which are a fixed sinusoid, and its head, which is not tied.
-    config: a transformers.GPT2Config; tokenizer: for generate_text."""
+    """GPT-2 with fixed sinusoids as positions and a head of its own weights, not tied. config: a
+    transformers.GPT2Config; tokenizer: for generate_text."""
 
     def __init__(self, config, tokenizer=None):
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
+        config.n_inner = config.n_inner or 4 * config.n_embd
         self.transformer = nn.ModuleDict({
             "wte": nn.Embedding(config.vocab_size, config.n_embd),
             "wpe": nn.Embedding(config.n_positions, config.n_embd),
@@ -374,9 +349,8 @@ class GPT(nn.Module):
         self.fold(torch.ones(config.vocab_size, dtype=torch.bool, device="cpu"))  # a row for each
 
     def fold(self, has_own):
-        """Let the tokens outside has_own, a mask (V,) on the CPU, share one row of wte and lm_head,
-        that of the first of them. No story has them, so training treats them all alike: rows that
-        are equal stay equal. To be called once, before training."""
+        """Let the tokens outside has_own, a mask (V,) on the CPU, share one row of wte and lm_head.
+        No story has them, so training treats them alike: rows that are equal stay equal."""
         kept = torch.cat((has_own.nonzero(), (~has_own).nonzero()[:1])).flatten()
         row = torch.where(has_own, has_own.cumsum(0) - 1, len(kept) - 1)
         self.n_shared = max(1, int((~has_own).sum()))
@@ -424,8 +398,8 @@ def sinusoid(n_positions, n_embd):
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)
 
 def tokens_in(parts, vocab_size):
-    """The tokens, a mask (V,), that are in the stories of parts, some Tokens, and up to 63 more: in
-    multiples of 64 rows, with the shared one, matrix products are faster."""
+    """A mask (V,) of the tokens in some Tokens, and of up to 63 more: with the shared one they make
+    a multiple of 64 rows, and matrix products of that size are faster."""
     is_in = torch.zeros(vocab_size, dtype=torch.bool)
     for chunk in (chunk for part in parts for chunk in part.ids.chunks):
         is_in[torch.from_numpy(chunk.flatten().to_numpy().astype(np.int64))] = True
@@ -442,7 +416,6 @@ def evaluation_mode(model):
     finally:
         model.train(training)
 
-
 # --- Generation ---------------------------------------------------------------------------------
 
 def generate_text(model, prompt, max_length=50, method="greedy", *, temperature=1.0, top_k=0,
@@ -457,9 +430,9 @@ def generate_text(model, prompt, max_length=50, method="greedy", *, temperature=
     probability top_p. repetition_penalty above 1 makes tokens that were there less likely. Sample i
     of a prompt is drawn with seed + i, alone or among others. streamer, a TextStreamer, gets each
     token at once. When the context is full, its older half is dropped."""
+    check_rules(locals())
     stop = [stop] if isinstance(stop, str) else list(stop or ())
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    check_rules(locals())
     n_texts = len(prompts) * num_samples
     require(n_texts, "prompt", prompts, "must be at least one text")
     require(all(stop), "stop", stop, "must not be empty")
@@ -467,44 +440,39 @@ def generate_text(model, prompt, max_length=50, method="greedy", *, temperature=
     seed = int(torch.randint(2**31, ())) if seed is None else seed
     generators = [torch.Generator().manual_seed(seed + i) for i in range(num_samples)]  # of the CPU
     numbers = torch.stack([torch.rand(max_length, generator=each) for each in generators])
-    sampling = {"method": method, "temperature": temperature, "top_k": top_k, "top_p": top_p,
-                "repetition_penalty": repetition_penalty}
+    sampling = (method, temperature, top_k, top_p, repetition_penalty)
     texts = []
     for ids in [encode_prompt(model, text) for text in prompts]:
-        rows = continue_ids(model, ids, numbers.to(model.device), stop, streamer, **sampling)
+        rows = continue_ids(model, ids, numbers.to(model.device), sampling, stop, streamer)
         texts += model.tokenizer.batch_decode(rows)
     return texts[0] if isinstance(prompt, str) and num_samples == 1 else texts
 
 def encode_prompt(model, prompt):
     """The ids of a prompt. Raises InputError if it is empty or does not fit."""
-    require(prompt.strip(), "prompt", repr(prompt), "must not be empty")
-    is_text = not re.search("[\ud800-\udfff]", prompt)
-    require(is_text, "prompt", repr(prompt), "has bytes that are no UTF-8")
+    is_text = prompt.strip() and not re.search("[\ud800-\udfff]", prompt)
+    require(is_text, "prompt", repr(prompt), "is empty, or has bytes that are no UTF-8")
     ids, n_positions = encode(model.tokenizer, prompt), model.config.n_positions
     rule = f"has {len(ids)} tokens, {n_positions} fit"
     require(len(ids) <= n_positions, "prompt", repr(prompt[:30] + "…"), rule)
     return ids
 
 @torch.no_grad()
-def continue_ids(model, ids, numbers, stop=(), streamer=None, **sampling):
+def continue_ids(model, ids, numbers, sampling, stop=(), streamer=None):
     """A list of ids for each row of the random numbers (B, n): ids, and up to n more."""
     tokens = inputs = torch.tensor([ids] * len(numbers), device=model.device)  # (B, T)
     n_positions, end = model.config.n_positions, model.tokenizer.eos_token_id
     cache, lengths = [{} for _ in model.transformer.h], {}
-    n_bytes = max((len(text.encode()) for text in stop), default=0)  # no stop has more tokens
     if streamer:
         streamer.put(tokens.cpu())
     with evaluation_mode(model):
         for n, random_numbers in enumerate(numbers.unbind(1), len(ids) + 1):
             logits = model(inputs, cache=cache)[:, -1]  # (B, V)
-            inputs = next_ids(logits, tokens, random_numbers[:, None], **sampling)  # (B, 1)
+            inputs = next_ids(logits, tokens, random_numbers[:, None], *sampling)  # (B, 1)
             tokens = torch.cat((tokens, inputs), dim=1)
             for row, token in enumerate(inputs[:, 0].tolist()):
-                tail = tokens[row, max(len(ids), n - n_bytes) :]
-                if token == end:
-                    lengths.setdefault(row, n - 1)
-                elif stop and any(text in model.tokenizer.decode(tail) for text in stop):
-                    lengths.setdefault(row, n)
+                text = model.tokenizer.decode(tokens[row, len(ids) :]) if stop else ""
+                if token == end or any(each in text for each in stop):
+                    lengths.setdefault(row, n - (token == end))
             if streamer and inputs[0] != end:
                 streamer.put(inputs[0].cpu())
             if len(lengths) == len(numbers):
@@ -530,17 +498,12 @@ def next_ids(logits, tokens, numbers, method, temperature, top_k, top_p, repetit
 def next_probabilities(logits, temperature, top_k, top_p):
     """Probabilities (B, V) from logits (B, V): temperature, then the top_k likeliest, then the
     nucleus of top_p (Holtzman et al., "The Curious Case of Neural Text Degeneration")."""
-    logits = logits / temperature
-    if top_k:
-        smallest = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
-        logits = logits.masked_fill(logits < smallest, -math.inf)
-    probabilities = logits.softmax(-1)
-    if top_p == 1:
-        return probabilities
-    ranked, order = probabilities.sort(descending=True)
-    ranked[ranked.cumsum(-1) - ranked >= top_p] = 0  # the likelier tokens are enough
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # 0 at most, so none overflows
+    ranked, order = logits.softmax(-1).sort(descending=True)
+    ranked[:, top_k or logits.size(-1) :] = 0
+    most = top_p * ranked.sum(-1, keepdim=True)
+    ranked[ranked.cumsum(-1) - ranked >= most] = 0  # the likelier tokens are enough
     return torch.zeros_like(ranked).scatter(-1, order, ranked / ranked.sum(-1, keepdim=True))
-
 
 # --- Optimizers ---------------------------------------------------------------------------------
 
@@ -568,20 +531,19 @@ def schedule(step, n_steps, warmup_steps):
 
 class Muon(torch.optim.Optimizer):
     """Momentum made orthogonal, so that a matrix learns as fast in all directions (Jordan et al.,
-    "Muon: An optimizer for hidden layers in neural networks", 2024). As torch.optim.Muon, but for
-    its products, there always in bf16, which is very slow on many CPUs, and its iterations."""
+    "Muon: An optimizer for hidden layers in neural networks", 2024). torch.optim.Muon computes in
+    bf16 alone, which is very slow on many CPUs."""
 
     def __init__(self, groups, dtype):
         super().__init__(groups, {})
         self.dtype = dtype  # of the matrix products
+        for weight in (weight for group in self.param_groups for weight in group["params"]):
+            self.state[weight]["momentum"] = torch.zeros_like(weight)
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:  # matrices of one shape (M, N)
             weights, (n_out, n_in) = group["params"], group["params"][0].shape
-            for weight in weights:
-                if not self.state[weight]:
-                    self.state[weight]["momentum"] = torch.zeros_like(weight)
             gradients = [weight.grad for weight in weights]
             momenta = [self.state[weight]["momentum"] for weight in weights]
             torch._foreach_lerp_(momenta, gradients, 0.05)
@@ -591,9 +553,8 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(weights, updates.unbind(), alpha=-rate)
 
-# For each iteration (a, b, c): a s + b s^3 + c s^5 pushes singular values s towards 1, all those
-# from 0.001 on (Amsel et al., "The Polar Express", 2025), with 2 % to spare for rounding. The last
-# is scaled by 0.85: with that, models learn a little better.
+# For each iteration (a, b, c): a s + b s^3 + c s^5 pushes singular values s from 0.001 on towards 1
+# (Amsel et al., "The Polar Express", 2025). The last is scaled by 0.85: models learn a bit better.
 POLAR_EXPRESS = ((8.3042, -23.6599, 16.8731), (4.1026, -2.9311, 0.5262),
                  (3.8958, -2.7935, 0.5115), (2.7758, -2.0060, 0.3958))
 
@@ -609,7 +570,6 @@ def orthogonalize(x, dtype):
         x = torch.baddbmm(x, polynomial, x, beta=a)
     return x
 
-
 # --- Training -----------------------------------------------------------------------------------
 
 def train(model, train_set, test_set, settings, record, last, precision):
@@ -620,17 +580,19 @@ def train(model, train_set, test_set, settings, record, last, precision):
     optimizers = make_optimizers(model, settings, DTYPES[precision])
     metrics = torch.zeros(n_steps, 5, device=device)  # loss, right, norm, tokens, seconds of steps
     state = {"model": model, "scaler": scaler} | dict(enumerate(optimizers))  # of last.pt
+    before = (*saved_epochs(folder), folder / "last.pt")
+    for path in before if settings.overwrite and RANK == 0 else ():
+        remove(path)
     if last:
         restore(last, folder, state, metrics)
     test_batches = epoch_batches(test_set.lengths, settings.batch_size, settings.seed, 0)
     test_loader = make_loader(test_set.ids, share(test_batches))
-    learner = make_learner(model, next(iter(test_loader)), settings, autocast)
+    learner = make_learner(model, next(iter(test_loader)), settings, autocast, scaler)
     steps = step_batches(train_set.lengths, settings, record["step"])
-    data, size = record["data"], f"{record['parameters'] / 1e6:.1f} M parameters"
-    say(f"stories    {data['train_stories']:,} to train, {data['test_stories']:,} to test, of "
-        f"{data['stories']:,} from {data['source']}; dropped {data['empty']:,} empty ones and "
-        f"{data['duplicates']:,} duplicates\ntokens     {data['train_tokens']:,} to train; of all, "
-        f"{data['tokens_cut']:,} were cut off\nmodel      {size}, on {WORLD_SIZE} x {device} in "
+    say("stories    {train_stories:,} to train, {test_stories:,} to test, of {stories:,} from "
+        "{source}; dropped {empty:,} empty ones and {duplicates:,} duplicates\ntokens     "
+        "{train_tokens:,} to train; of all, {tokens_cut:,} were cut off".format(**record["data"]))
+    say(f"model      {record['parameters'] / 1e6:.1f} M parameters, on {WORLD_SIZE} x {device} in "
         f"{precision}; {n_steps:,} steps")
     bar = tqdm(total=n_steps, initial=record["step"], disable=RANK > 0, leave=False,
                dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 60)
@@ -640,7 +602,7 @@ def train(model, train_set, test_set, settings, record, last, precision):
         for step in range(record["step"], n_steps + 1):  # once more, to finish the last epoch
             if step == end_of_epoch(record):
                 with on_signals(interrupt):  # at once: what is saved goes on with this evaluation
-                    finish_epoch(model, test_loader, settings, record, metrics)
+                    finish_epoch(model, test_loader, settings, record, metrics[:step])
                 save_last(folder, step, record, state, metrics)
                 then = time.monotonic()
             if step == n_steps:
@@ -660,7 +622,7 @@ def train(model, train_set, test_set, settings, record, last, precision):
             then, due = now, now - saved > 60 * settings.save_every
             stop, due = total(torch.tensor([len(signals), due])).tolist()
             due = due or stop or step + 1 == end_of_epoch(record)
-            if due or (step + 1) % record["steps_per_point"] == 0:
+            if due or step % 10 == 0:
                 check_and_show(metrics[: step + 1], record, bar)
             if due:
                 save_last(folder, step + 1, record, state, metrics)
@@ -670,7 +632,7 @@ def train(model, train_set, test_set, settings, record, last, precision):
                 number = max(signals, default=signal.SIGTERM)  # another process may have got it
                 raise KeyboardInterrupt(number, f"saved after step {step + 1:,} of {n_steps:,}")
 
-def backward(learner, batches, n_tokens, autocast=None, scaler=None):
+def backward(learner, batches, n_tokens, autocast, scaler):
     """Add up the gradients of batches: those of the mean loss over n_tokens real tokens, of all
     processes, so that batches of any size and number make the same update. Returns the summed loss
     and right guesses of this process (2,), on its device: nobody waits to see them."""
@@ -681,10 +643,10 @@ def backward(learner, batches, n_tokens, autocast=None, scaler=None):
         input_ids, targets = (tensor.to(learner.device, non_blocking=True) for tensor in batch)
         more = isinstance(learner, DistributedDataParallel) and i < len(batches) - 1
         with learner.no_sync() if more else nullcontext():  # gradients are exchanged with the last
-            with autocast or nullcontext():
+            with autocast:
                 loss, right = learner(input_ids, targets)
-            mean = loss * (WORLD_SIZE / n_tokens)  # as the exchange divides by WORLD_SIZE
-            (scaler.scale(mean) if scaler else mean).backward()
+            # The exchange divides by WORLD_SIZE.
+            scaler.scale(loss * (WORLD_SIZE / n_tokens)).backward()
         sums = sums + torch.stack((loss.detach(), right))
     return sums
 
@@ -707,18 +669,17 @@ def update(model, optimizers, grad_clip, scaler):
     scaler.update()
     return torch.zeros_like(norm) if skipped and scaler.get_scale() >= 1 else norm
 
-def make_learner(model, batch, settings, autocast):
+def make_learner(model, batch, settings, autocast, scaler):
     """What backward takes: the model, compiled if that works on a batch, of all processes."""
     learner = model.train()
     if settings.compile == "on" or (settings.compile == "auto" and model.device.type == "cuda"):
-        learner = torch.compile(model, dynamic=True)
         try:
-            backward(learner, [batch], 1, autocast)
+            learner = torch.compile(model, dynamic=True)
+            backward(learner, [batch], 1, autocast, scaler)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # compilers fail in many ways, and the training can do without
-            reason = " ".join(str(error).split())
-            say(f"compile    off: {type(error).__name__}: {reason:.80}")
+            say(f"compile    off: {type(error).__name__}: {' '.join(str(error).split()):.80}")
             learner = model
         model.zero_grad()
     if WORLD_SIZE > 1:
@@ -732,8 +693,7 @@ def end_of_epoch(record):
 
 def check_and_show(metrics, record, bar):
     """Move the bar to the last of the steps. Raises InputError where one is not finite."""
-    bad = (~metrics.isfinite().all(1)).nonzero()
-    if len(bad):
+    if len(bad := (~metrics.isfinite().all(1)).nonzero()):
         if RANK:
             sys.exit(2)  # process 0 says the same
         saved = f"last.pt is good, of step {record['step']}" if record["step"] else "none was saved"
@@ -745,33 +705,28 @@ def check_and_show(metrics, record, bar):
 
 def finish_epoch(model, test_loader, settings, record, metrics):
     """Evaluate, add the epoch to the record, and write its plots and its checkpoint."""
-    epoch, step, width = len(record["epochs"]) + 1, end_of_epoch(record), record["steps_per_point"]
+    epoch, metrics = len(record["epochs"]) + 1, metrics.cpu().double().numpy()
     test_loss, test_accuracy = evaluate(model, test_loader)  # in fp32, on CUDA with TF32
-    metrics = metrics[:step].cpu().double().numpy()
-    sums = metrics[(epoch - 1) * record["steps_per_epoch"] :].sum(0).tolist()
-    loss, right, _, n_tokens, seconds = sums
+    sums = metrics[(epoch - 1) * record["steps_per_epoch"] :].sum(0)
+    loss, right, _, n_tokens, seconds = sums.tolist()
     record["epochs"].append({
-        "epoch": epoch, "step": step, "train_loss": loss / n_tokens,
+        "epoch": epoch, "step": len(metrics), "train_loss": loss / n_tokens,
         "train_accuracy": right / n_tokens, "test_loss": test_loss,
         "test_perplexity": float(np.exp(test_loss)), "test_accuracy": test_accuracy,
         "tokens": int(n_tokens), "seconds": seconds})
-    points = np.add.reduceat(metrics, range(0, step, width))
-    losses = (points[:, 0] / points[:, 3]).tolist()
-    record["curve"] = [[min(i * width, step), loss] for i, loss in enumerate(losses, 1)]
     say("epoch {epoch}/{0}  train loss {train_loss:.3f}, accuracy {train_accuracy:.1%}  test loss "
         "{test_loss:.3f}, accuracy {test_accuracy:.1%}, perplexity {test_perplexity:.2f}  "
         "{seconds:,.0f} s".format(settings.epochs, **record["epochs"][-1]))
     if RANK == 0:
-        folder = Path(settings.checkpoints) / f"epoch_{epoch}"
+        folder = Path(settings.checkpoints, f"epoch_{epoch}")
         sample = generate_text(model, settings.prompt, max_length=200)
-        write_plots(Path(settings.plots), record)
+        write_plots(Path(settings.plots), record, metrics)
         save_checkpoint(folder, model, record, sample)
         say(f"saved {folder}, which begins a story like this:\n\n{sample}\n")
 
 @torch.no_grad()
 def evaluate(model, loader):
-    """(loss, accuracy) over all real tokens of the loader's batches, in all processes: nats a
-    token, share of right guesses."""
+    """(nats a token, share of right guesses) over a loader's real tokens, in all processes."""
     sums = 0
     with evaluation_mode(model):
         for batch in loader:
@@ -785,7 +740,6 @@ def compute_perplexity(model, test_loader):
     """exp of the mean cross-entropy: each token counts the same, whatever the batch size."""
     return float(np.exp(evaluate(model, test_loader)[0]))
 
-
 # --- Checkpoints: Hugging Face GPT-2 folders, and the point from which a run continues ----------
 
 def transposed(weights):
@@ -795,17 +749,15 @@ def transposed(weights):
 
 def save_checkpoint(folder, model, record, sample):
     """Write the model, with a row for each token, and its tokenizer, as transformers does."""
-    from transformers import GenerationConfig, GPT2LMHeadModel, logging
+    from transformers import GPT2LMHeadModel, logging
     logging.disable_progress_bar()
-    weights, eos = transposed(model.state_dict()), model.tokenizer.eos_token_id
-    for name in ("transformer.wte.weight", "lm_head.weight"):
-        weights[name] = weights[name][model.row]
     with torch.device("meta"):
         theirs = GPT2LMHeadModel(model.config)
+    weights = transposed(model.state_dict())
+    for name in ("transformer.wte.weight", "lm_head.weight"):
+        weights[name] = weights[name][model.row]
     theirs.load_state_dict(weights, assign=True)
     theirs.tie_weights()
-    ends = {"bos_token_id": eos, "eos_token_id": eos, "pad_token_id": eos}
-    theirs.generation_config = GenerationConfig(**ends)
     with whole_or_absent(folder) as new:
         theirs.save_pretrained(new)
         shutil.copymode(new / "config.json", new / "model.safetensors")  # else its owner's alone
@@ -820,14 +772,6 @@ def checksums(folder):
         with open(path, "rb") as file:
             yield f"{file_digest(file, 'sha256').hexdigest()}  {path.name}\n"
 
-def verify(folder):
-    """Raise ValueError where a file is not the one that was saved; others' folders list none."""
-    sums = folder / "SHA256SUMS"
-    saved = sums.read_text("utf-8", "replace").splitlines(keepends=True) if sums.is_file() else []
-    if changed := saved and set(saved) - set(checksums(folder)):
-        raise ValueError(f"{min(changed)[66:-1]} is not as it was saved; if it was changed on "
-                         "purpose, delete SHA256SUMS there")
-
 # What a config.json may say of how a GPT-2 computes, and what it is to say here.
 GPT2_MATH = {"model_type": "gpt2", "activation_function": "gelu_new", "scale_attn_weights": True,
              "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
@@ -839,9 +783,11 @@ def load_checkpoint(name, device="cpu", fold=True, **changes):
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     with reading(name, name):
-        verify(Path(name))
-        if Path(name).is_dir() and not Path(name, "config.json").is_file():
-            raise ValueError("no checkpoint, which has a config.json, as checkpoints/epoch_1 does")
+        if (sums := Path(name, "SHA256SUMS")).is_file():  # others' folders have none
+            lines = sums.read_text("utf-8", "replace").splitlines(keepends=True)
+            if changed := set(lines) - set(checksums(Path(name))):
+                raise ValueError(f"{min(changed)[66:-1]} is not as it was saved; if it was changed "
+                                 "on purpose, delete SHA256SUMS there")
         values = GPT2Config.get_config_dict(name)[0]
         for key, usual in GPT2_MATH.items():
             if values.get(key, usual) != usual:
@@ -850,8 +796,7 @@ def load_checkpoint(name, device="cpu", fold=True, **changes):
             raise ValueError(f"n_layer is {values['n_layer']}")
         for key in ("auto_map", "task_specific_params"):  # a stranger's code and habits
             values.pop(key, None)
-        values |= {"architectures": ["GPT2LMHeadModel"], "dtype": "float32"} | changes
-        config = GPT2Config(**values)
+        config = GPT2Config(**values | changes)
         options = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
         try:
             theirs, report = GPT2LMHeadModel.from_pretrained(name, config=config, **options)
@@ -863,7 +808,6 @@ def load_checkpoint(name, device="cpu", fold=True, **changes):
         weights = transposed(theirs.state_dict())
         if bad := [key for key, weight in weights.items() if not weight.isfinite().all()]:
             raise ValueError(f"{bad[0]} holds numbers that are not finite")
-        config.n_inner = config.n_inner or 4 * config.n_embd
         config.tie_word_embeddings = theirs.lm_head.weight is theirs.transformer.wte.weight
         model = GPT(config, load_tokenizer(str(name), what="the tokenizer of"))
         model.load_state_dict(weights)
@@ -874,8 +818,8 @@ def load_checkpoint(name, device="cpu", fold=True, **changes):
     return model.to(device).eval()
 
 def equal_rows(model):
-    """A mask (V,) of the tokens that may share a row: they make the first number of their row of
-    the head the most frequent one. Of one that has it, all that have the same rows."""
+    """A mask (V,) of the tokens that may share a row: of those whose row of the head begins with
+    the most frequent number, all that have the same rows as the first of them."""
     layers, values = (model.transformer.wte, model.lm_head), model.lm_head.weight[:, 0]
     first = (values == values.mode().values).nonzero()[0]
     return torch.stack([(layer.weight == layer.weight[first]).all(1) for layer in layers]).all(0)
@@ -888,34 +832,19 @@ def save_last(folder, step, record, state, metrics):
         with whole_or_absent(folder / "last.pt") as path, open(path, "wb") as file:
             torch.save(last | {"record": record, "metrics": metrics[:step].clone()}, file)
 
-# What may differ when a run goes on. Stories and tokenizer are compared by their contents instead,
-# accum_steps as its product with the number of processes.
-FREE = {"data", "tokenizer", "accum_steps", "save_every", "device", "precision", "compile",
-        "checkpoints", "plots", "overwrite", "prompt"}
-
-def read_last(settings):
-    """What save_last saved of the same run; None where there is none, or --overwrite is given."""
-    path = Path(settings.checkpoints, "last.pt")
-    if settings.overwrite or not (path.exists() or saved_epochs(path.parent)):
+def read_last(folder):
+    """What save_last saved there; None where no run is."""
+    path = folder / "last.pt"
+    if not (path.exists() or saved_epochs(folder)):
         return None
-    with reading(path.parent, path, "; --overwrite starts over"):
+    with reading(folder, path, "; --overwrite starts over"):
         with zipfile.ZipFile(path) as archive:  # whose checksums torch.load does not look at
             if damaged := archive.testzip():
                 raise ValueError(f"{damaged} is damaged")
         last = torch.load(path, map_location="cpu", weights_only=True)
-        before = dict(last["record"]["settings"])
-        before["accum_steps x processes"] = before["accum_steps"] * last["record"]["processes"]
-    now = {name: value for name, value in asdict(settings).items() if name not in FREE}
-    now["accum_steps x processes"] = settings.accum_steps * WORLD_SIZE
-    refuse_changes(before, now, path.parent)
+        if not last["record"]["fixed"]:
+            raise ValueError("it is not of this program")
     return last
-
-def refuse_changes(before, now, folder):
-    changed = [name for name in now if before.get(name) != now[name]]
-    changes = ", ".join(f"{name} was {before.get(name)}, is {now[name]}" for name in changed)
-    if changed:
-        raise InputError(f"{folder} holds another run ({changes}): --overwrite starts over, other "
-                         "--checkpoints and --plots keep it")
 
 def saved_epochs(folder):
     """The folders of the epochs in a checkpoints folder, in their order."""
@@ -923,16 +852,12 @@ def saved_epochs(folder):
     return sorted(epochs, key=lambda path: int(path.name[6:]))
 
 def restore(last, folder, state, metrics):
+    metrics[: len(last["metrics"])] = last["metrics"]
     with reading(folder, folder / "last.pt", "; --overwrite starts over"):
-        metrics[: len(last["metrics"])] = last["metrics"]
         for name, part in state.items():
             part.load_state_dict(last[name] or part.state_dict())  # of a scaler not used it is {}
     say(f"continuing the interrupted run from its last save, after step {len(last['metrics']):,}")
     last.clear()  # to free its memory
-
-def remove_run(folder):
-    for path in (*saved_epochs(folder), folder / "last.pt"):
-        remove(path)
 
 @contextmanager
 def whole_or_absent(path):
@@ -943,66 +868,52 @@ def whole_or_absent(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         remove(new)
         yield new
-        for each in (*new.rglob("*"), new):
-            flush(each)
+        for each in (each for each in (new, *new.rglob("*")) if each.is_file()):
+            with open(each, "rb+") as file:
+                os.fsync(file.fileno())
         if path.is_dir():
             remove(path)
         new.replace(path)
-        flush(path.parent)
     except Exception as error:  # each library has another exception for a full disk
         remove(new)  # which may be what filled it
         why = error if isinstance(error, OSError) else error.__context__ or error
         raise OSError(f"{path} cannot be saved, what was saved before is kept: {why}") from error
 
 def remove(path):
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-def flush(path):
-    """Wait until a file or folder is on the disk."""
-    if path.is_file() or os.name == "posix":  # Windows opens no folders
-        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-        os.fsync(descriptor)
-        os.close(descriptor)
-
+    shutil.rmtree(path, ignore_errors=True)  # which is for folders
+    path.unlink(missing_ok=True)
 
 # --- Plots --------------------------------------------------------------------------------------
 
-def write_plots(folder, record):
-    """training_metrics.csv and .png: loss, accuracy and test perplexity, from a run's record."""
-    from pandas import DataFrame  # which comes with datasets
-    points = [{"step": step, "train_loss": loss} for step, loss in record["curve"]]
-    table = DataFrame(points + record["epochs"], columns=list(record["epochs"][0]))
-    with whole_or_absent(folder / "training_metrics.csv") as path:
-        table.astype({"epoch": "Int64", "tokens": "Int64"}).to_csv(path, index=False)
-    with whole_or_absent(folder / "training_metrics.png") as path:
-        draw_metrics(record).savefig(path, format="png", dpi=120)
-
-def draw_metrics(record):
+def write_plots(folder, record, metrics):
+    """training_metrics.csv and .png: loss, accuracy and test perplexity, of a run's record and of
+    some 100 points of its metrics (n_steps, 5)."""
     from matplotlib.figure import Figure
-    (steps, losses), epochs, data = np.array(record["curve"]).T, record["epochs"], record["data"]
+    from pandas import DataFrame, concat
+    starts = np.arange(0, len(metrics), math.ceil(record["steps"] / 100))
+    sums, ends = np.add.reduceat(metrics, starts), np.append(starts[1:], len(metrics))
+    curve = DataFrame({"step": ends, "train_loss": sums[:, 0] / sums[:, 3]})
+    epochs, data = DataFrame(record["epochs"]), record["data"]
+    with whole_or_absent(folder / "training_metrics.csv") as path:
+        table = concat([curve, epochs])[epochs.columns]
+        table.astype({"epoch": "Int64", "tokens": "Int64"}).to_csv(path, index=False)
+
     figure = Figure(figsize=(15, 4.5), layout="constrained")
     size, n_stories = f"{record['parameters'] / 1e6:.1f} M", f"{data['train_stories']:,}"
     figure.suptitle(f"{size} parameters, {n_stories} training stories from {data['source']}")
     loss, accuracy, perplexity = figure.subplots(1, 3, sharex=True)
-    width = max(1, len(steps) // 50)  # of the running mean
-    smooth = np.convolve(losses, np.ones(width) / width, "valid")
-    loss.plot(steps, losses, color="C0", alpha=0.25, linewidth=0.8)
-    loss.plot(steps[width - 1 :], smooth, color="C0", label="training, running mean")
-    at, trained = np.array([[epoch["step"], epoch["train_accuracy"]] for epoch in epochs]).T
-    accuracy.plot(at, trained, "o-", color="C0", label="training, mean of the epoch")
+    loss.plot(curve.step, curve.train_loss, color="C0", label="training")
+    accuracy.plot(epochs.step, epochs.train_accuracy, "o-", color="C0", label="training")
     for axes, key, unit in ((loss, "loss", "cross-entropy, nats a token"),
                             (accuracy, "accuracy", "share of next tokens guessed right"),
                             (perplexity, "perplexity", "test perplexity")):
-        tested = [epoch[f"test_{key}"] for epoch in epochs]
-        axes.plot(at, tested, "o-", color="C1", label=f"test, now {tested[-1]:.3g}")
+        tested = epochs[f"test_{key}"]
+        axes.plot(epochs.step, tested, "o-", color="C1", label=f"test, now {tested.iloc[-1]:.3g}")
         axes.set(title=key.capitalize(), xlabel="optimizer step", ylabel=unit)
         axes.grid(alpha=0.3)
         axes.legend()
-    return figure
-
+    with whole_or_absent(folder / "training_metrics.png") as path:
+        figure.savefig(path, format="png", dpi=120)
 
 # --- Main ---------------------------------------------------------------------------------------
 
@@ -1013,36 +924,36 @@ def main(argv=None):
     start_processes(device)
     with locked(folder), locked(plots):
         wait(RANK > 0)  # until process 0 has downloaded, written and checked what all need
-        last = read_last(settings)
-        before = last["record"] if last else {"data": {}, "epochs": [], "step": 0}
+        last = None if settings.overwrite else read_last(folder)
+        before = last["record"] if last else {"data": {}, "fixed": {}, "epochs": [], "step": 0}
         model = load_base(settings) if settings.init else None
         known = settings.data == "auto" and before["data"].get("source") == BUILT_IN
         stories, source = load_stories("sample" if known else settings.data, folder / "data")
         train_stories, test_stories, data = split_stories(stories, settings)
+        data["source"] = source
         usual = "bpe:4096" if source == BUILT_IN else "gpt2"
         name = usual if settings.tokenizer == "auto" else settings.tokenizer
         tokenizer = model.tokenizer if model else load_tokenizer(name, train_stories)
         data["tokenizer"] = digest(tokenizer.backend_tokenizer.to_str().encode())
-        key = f"{data['fingerprint']}-{data['tokenizer']}-{settings.n_positions}.arrow"
-        train_file, test_file = folder / f"data/train-{key}", folder / f"data/test-{key}"
-        train_set = encode_stories(train_stories, tokenizer, settings.n_positions, train_file)
-        test_set = encode_stories(test_stories, tokenizer, settings.n_positions, test_file)
+        record = new_record(settings, data, before)
+        refuse_changes(before["fixed"], record["fixed"], folder)
+        file = f"{data['fingerprint']}-{data['tokenizer']}-{settings.n_positions}.arrow"
+        train_set, test_set = (
+            encode_stories(part, tokenizer, settings.n_positions, folder / f"data/{name}-{file}")
+            for name, part in (("train", train_stories), ("test", test_stories)))
         data["train_tokens"] = int(train_set.lengths.sum())
         data["tokens_cut"] = train_set.n_cut + test_set.n_cut
-        refuse_changes(before["data"] or data, data, folder)
         torch.manual_seed(settings.seed)
         model = model or GPT(model_config(settings, tokenizer), tokenizer)
+        record["parameters"] = sum(weight.numel() for weight in model.parameters())
         encode_prompt(model, settings.prompt)  # better refused now than after an epoch
-        record = new_record(settings, data | {"source": source}, model, before)
         wait(RANK == 0)  # now the others
-        require_same(data | {"step": before["step"]})
+        require_same(record["fixed"] | {"step": record["step"]})
         if record["epochs"] and record["epochs"][-1]["step"] == record["steps"]:
             say(f"{folder} holds this run, and it is finished; {result(record)}")
             return
         if not settings.init:  # whose rows all differ
             model.fold(tokens_in((train_set, test_set), model.config.vocab_size))
-        if settings.overwrite and RANK == 0:
-            remove_run(folder)
         train(model.to(device), train_set, test_set, settings, record, last, precision)
         say(result(record))
 
@@ -1063,53 +974,59 @@ def model_config(settings, tokenizer):
     ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_token_id)
     return GPT2Config(  # n_ctx is an older name, which llama.cpp's converter asks for
         **{name: getattr(settings, name) for name in names}, n_ctx=settings.n_positions,
-        **dropout_rates(settings), **ends, vocab_size=len(tokenizer), tie_word_embeddings=False,
-        dtype="float32", architectures=["GPT2LMHeadModel"])
+        **dropout_rates(settings), **ends, vocab_size=len(tokenizer), tie_word_embeddings=False)
 
-def new_record(settings, data, model, before):
+# What may differ when a run goes on. Of the data, stories and tokenizer are compared, of
+# accum_steps its product with the number of processes.
+FREE = {"data", "tokenizer", "accum_steps", "save_every", "device", "precision", "compile",
+        "checkpoints", "plots", "overwrite", "prompt"}
+
+def new_record(settings, data, before):
     """What training.json holds; of a run that goes on with the step and the epochs it has."""
-    per_step = settings.batch_size * settings.accum_steps * WORLD_SIZE
-    per_epoch = math.ceil(data["train_stories"] / per_step)
-    steps = min(settings.max_steps or math.inf, settings.epochs * per_epoch)
+    n_batches = settings.accum_steps * WORLD_SIZE  # of a step
+    per_epoch = math.ceil(data["train_stories"] / (settings.batch_size * n_batches))
+    fixed = {name: value for name, value in asdict(settings).items() if name not in FREE}
+    fixed |= {name: data[name] for name in ("stories", "fingerprint", "tokenizer")}
     packages = ("torch", "transformers", "datasets")
     versions = {name: str(sys.modules[name].__version__) for name in packages}
-    return {"settings": asdict(settings), "processes": WORLD_SIZE, "data": data, "steps": steps,
-            "steps_per_epoch": per_epoch, "steps_per_point": min(per_epoch, -(-steps // 1000)),
-            "parameters": sum(weight.numel() for weight in model.parameters()),
-            "step": before["step"], "epochs": before["epochs"],
+    return {"settings": asdict(settings), "processes": WORLD_SIZE, "data": data,
+            "fixed": fixed | {"accum_steps x processes": n_batches},
+            "steps": min(settings.max_steps or math.inf, settings.epochs * per_epoch),
+            "steps_per_epoch": per_epoch, "step": before["step"], "epochs": before["epochs"],
             "versions": versions | {"python": sys.version.split()[0]}}
+
+def refuse_changes(before, now, folder):
+    """Raise InputError where what is fixed in a run was something else in the one before."""
+    changes = [f"{name} was {before.get(name)}, is {value}" for name, value in now.items()
+               if before.get(name) != value]
+    if before and changes:
+        raise InputError(f"{folder} holds another run ({', '.join(changes)}): --overwrite starts "
+                         "over, other --checkpoints and --plots keep it")
 
 def result(record):
     """What to say at the end of a run."""
-    epochs, settings = record["epochs"], record["settings"]
-    best = min(epochs, key=lambda epoch: epoch["test_loss"])
-    why = "since then it has learned the stories by heart; more of them or fewer epochs help"
-    hint = f"\nIt was lower in epoch {best['epoch']}, {best['test_perplexity']:.2f}: {why}"
-    hint = "" if best is epochs[-1] else hint
-    best = f"{settings['checkpoints']}/epoch_{best['epoch']}"
-    return (f"test perplexity {epochs[-1]['test_perplexity']:.2f}; the plots are in "
-            f"{settings['plots']}{hint}\nnext: python gpt2_generate.py --model {best}")
-
+    settings, final = record["settings"], record["epochs"][-1]["test_perplexity"]
+    best = min(record["epochs"], key=lambda epoch: epoch["test_loss"])
+    n, perplexity, plots = best["epoch"], best["test_perplexity"], settings["plots"]
+    return (f"test perplexity {final:.2f}, lowest in epoch {n}, {perplexity:.2f}; see {plots}\n"
+            f"next: python gpt2_generate.py --model {settings['checkpoints']}/epoch_{n}")
 
 # --- Small print: command line, errors, signals, lock, devices, processes, network ---------------
 
 def parse(settings_class, description, argv=None):
     """Read the command line into a settings class; a tuple is a flag that can be repeated."""
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=description,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
-    actions = {bool: "store_true", tuple: "append"}
+    parser = argparse.ArgumentParser(
+        None, argparse.SUPPRESS, description, argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    kinds = {bool: {"action": "store_true"}, tuple: {"action": "append"}}
     for f in fields(settings_class):
-        kind = {"type": f.type, "default": f.default}
-        if f.type in actions:
-            kind = {"action": actions[f.type], "default": argparse.SUPPRESS}
-        elif get_args(f.type):
-            kind = {"choices": get_args(f.type), "default": f.default}
+        choices = get_args(f.type)
+        kind = {"choices": choices} if choices else kinds.get(f.type, {"type": f.type})
         text = f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")
         parser.add_argument("--" + f.name.replace("_", "-"), help=text, **kind)
     return settings_class(**vars(parser.parse_args(argv)))
 
-NO_MEMORY = "out of memory|allocate memory|enough memory"  # on a CPU in a RuntimeError
+NO_MEMORY = "MemoryError|allocate memory|enough memory"  # on a CPU in a RuntimeError
 
 @contextmanager
 def reading(name, what, hint=""):
@@ -1119,27 +1036,22 @@ def reading(name, what, hint=""):
     offline = not here and not hub_answers()
     try:
         yield
-    except (InputError, MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:  # each kind of broken file raises another; the message names it
-        if re.search(NO_MEMORY, str(error)):
+        if isinstance(error, InputError) or re.search(NO_MEMORY, repr(error)):
             raise
-        cause = error.__cause__ or error
-        if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-            raise OSError(f"{what}: {cause}") from error
-        why = str(cause).partition(". ")[0]  # torch goes on to advise weights_only=False
+        why = str(error.__cause__ or error).partition(". ")[0]  # torch goes on with bad advice
         problem = "cannot be read:" if here else "no such file or folder; on the Hub:"
         if offline:
             problem, why = "no such file or folder,", "and the Hugging Face Hub cannot be reached"
         raise InputError(f"{what}: {problem} {why}{hint}") from error
 
 def hub_answers():
-    """Whether the Hugging Face Hub can be reached, found out within 10 s. If not, its libraries
-    look into their caches alone from then on, instead of trying again for minutes."""
+    """Whether the Hugging Face Hub can be reached, found out within 10 s. If not, its libraries are
+    told to look into their caches alone, instead of trying again for minutes."""
     from huggingface_hub import constants, get_session
+    ask, timeout = get_session().head, {"timeout": 8}
     try:  # in a thread, as the look-up of a host's name has no time limit of its own
-        head = ThreadPool(1).apply_async(get_session().head, [constants.ENDPOINT], {"timeout": 8})
-        head.get(10)
+        ThreadPool(1).apply_async(ask, [constants.ENDPOINT], timeout).get(10)
     except Exception:  # of its HTTP library, which has been another one before: there is no answer
         constants.HF_HUB_OFFLINE = True
     return not constants.HF_HUB_OFFLINE
@@ -1156,31 +1068,28 @@ def run(main, hint=""):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # what a terminal cannot show
     try:
-        with on_signals(interrupt):
+        # torchrun's SIGTERM ends the others when one has failed, which has said why.
+        with on_signals(interrupt) if WORLD_SIZE == 1 else nullcontext():
             main()
-        if not dist.is_initialized():
-            return
-        wait(True)  # a process that ended now would end process 0, which may still be saving
-        os._exit(0)  # a thread of gloo that is late aborts a Python that ends as usual
+        if dist.is_initialized():
+            wait(True)  # one that ended now would end process 0, which may still be saving
+            os._exit(0)  # a thread of gloo that is late aborts a Python that ends as usual
+        return
     except BrokenPipeError:  # the reader of the output, such as head, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)
     except KeyboardInterrupt as error:
         number, state = error.args or (signal.SIGINT, "interrupted")
         message, code = state + hint, 128 + number
-        if WORLD_SIZE > 1 and (number, state) == (signal.SIGTERM, "interrupted"):
-            sys.exit(code)  # so torchrun ends the others when one has failed, which has said why
-    except (InputError, UnicodeError, ImportError) as error:
-        message, code = str(error), 2
-    except OSError as error:  # a full disk, a folder that cannot be written
-        message, code = str(error), 1
+    except (InputError, OSError, UnicodeError, ImportError) as error:  # OSError: a full disk
+        message, code = str(error), 1 if isinstance(error, OSError) else 2
     except (MemoryError, RuntimeError) as error:
-        way_out = "halve --batch-size and double --accum-steps: the same updates"
-        message, code = "out of memory; in training, " + way_out, 2
-        if WORLD_SIZE > 1 and re.search("gloo|NCCL", str(error)):
+        if re.search(NO_MEMORY, repr(error)):
+            message, code = "out of memory; halve --batch-size and double --accum-steps", 2
+        elif WORLD_SIZE > 1 and re.search("gloo|NCCL", str(error)):
             message, code = f"no connection to the other processes: {error}", 1
             time.sleep(10)  # the one that failed has said why, and torchrun ends this one
-        elif not (isinstance(error, MemoryError) or re.search(NO_MEMORY, str(error))):
+        else:
             raise
     if RANK == 0 or (dist.is_initialized() and code < 128):  # else all say the same
         print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
@@ -1201,14 +1110,11 @@ def on_signals(handle):
         except OSError:  # the terminal has gone, and nothing may fail for that now
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
-    numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
-    heeded = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, handler) for number in heeded}
-    try:
+    with ExitStack() as at_the_end:
+        for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                at_the_end.callback(signal.signal, number, signal.signal(number, handler))
         yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
 
 @contextmanager
 def locked(folder):
@@ -1234,15 +1140,12 @@ def pick_device(device, precision):
     rule = f"not for {n_processes} processes here, where PyTorch finds {n_gpus} GPUs; use cpu"
     require(there[device], "device", device, rule)
     require(precision != "fp16" or device == "cuda", "precision", precision, f"not on {device}")
+    has = torch.cpu.get_capabilities() if device == "cpu" else {}
+    best = "bf16" if has.get("avx512_bf16") or has.get("amx_bf16") else "fp32"
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")  # or TF32
         best = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    else:
-        has = torch.cpu.get_capabilities() if device == "cpu" else {}
-        best = "bf16" if has.get("avx512_bf16") or has.get("amx_bf16") else "fp32"
-        # Despite its name: attention with dropout on a CPU then stays in bf16.
-        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     return device, best if precision == "auto" else precision
 
 def start_processes(device):
@@ -1262,10 +1165,8 @@ def total(tensor):
 
 def require_same(data):
     """Raise InputError if the processes have prepared different data."""
-    found = [data] * WORLD_SIZE
-    if WORLD_SIZE > 1:
-        dist.all_gather_object(found, data)
-    if any(each != data for each in found):
+    number = int(digest(repr(data).encode()), 16) >> 16  # 48 bits, so that the sum has 63
+    if int(total(torch.tensor(number))) != WORLD_SIZE * number:
         raise InputError("the processes have found different stories: they need the same folders")
 
 def wait(here):
@@ -1277,7 +1178,6 @@ def share(batches):
     """The batches of this process. Each process has as many: some get an empty one at the end."""
     missing = -len(batches) % WORLD_SIZE
     return (batches + [batches[0][:0]] * missing)[RANK::WORLD_SIZE]
-
 
 if __name__ == "__main__":
     run(main, "; the same command, without --overwrite, continues from the last save, if any")

@@ -67,7 +67,7 @@ class PlainBlock(project.Block):
 
     def forward(self, x, cache=None):
         x = self.ln_1(x + self.attn(x, cache))
-        return self.ln_2(x + self.mlp.dropout(self.mlp.c_proj(F.relu(self.mlp.c_fc(x)))))
+        return self.ln_2(x + self.drop(self.mlp.c_proj(F.relu(self.mlp.c_fc(x)))))
 
 
 class Plain(project.GPT):
@@ -273,7 +273,7 @@ def train(name, seed, base, device, precision):
     groups = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
     autocast = torch.autocast(device, project.DTYPES[precision], enabled=precision != "fp32")
     scaler = torch.amp.GradScaler(device, enabled=precision == "fp16")
-    record = project.new_record(settings, data, model, {"step": 0, "epochs": []})
+    record = project.new_record(settings, data, {"step": 0, "epochs": []})
     n_steps, per_epoch = record["steps"], record["steps_per_epoch"]
     curve, losses, average, started = [], [], [], time.monotonic()
     for step, window in enumerate(islice(recipe.batches(train_set.lengths, settings), n_steps), 1):
@@ -351,13 +351,12 @@ def score(model, test_set, batches):
 @torch.no_grad()
 def write_stories(model, length):
     """What a model writes: of each prompt a greedy and a sampled story, and two shares, taken over 5 sampled ones."""
-    sampling = {"temperature": TEMPERATURE, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
     numbers = torch.rand(5, length, generator=torch.Generator().manual_seed(1)).to(model.device)
     stories, ended, repeated = [], [], []
     for prompt in PROMPTS:
         ids, texts = project.encode_prompt(model, prompt), []
         for method, n_samples in (("greedy", 1), ("sample", 5)):
-            rows = project.continue_ids(model, ids, numbers[:n_samples], method=method, **sampling)
+            rows = project.continue_ids(model, ids, numbers[:n_samples], (method, TEMPERATURE, 0, 1.0, 1.0))
             texts += model.tokenizer.batch_decode(rows)
         ended += [len(row) < len(ids) + length for row in rows]
         repeated += [share_repeated(project.encode(model.tokenizer, text)) for text in texts[1:]]

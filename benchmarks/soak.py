@@ -34,12 +34,13 @@ def finish(folder, arguments):
 
 
 def result(folder, epochs):
-    """(weights, curve and figures without their seconds, names of all files)"""
+    """(weights, figures of steps and epochs without their seconds, names of all files)"""
     newest = folder / "checkpoints" / f"epoch_{epochs}"
     record = json.loads((newest / "training.json").read_text())
     figures = [epoch | {"seconds": 0} for epoch in record["epochs"]]
     files = {str(path.relative_to(folder)) for path in folder.rglob("*")}
-    return project.load_checkpoint(newest).state_dict(), (record["curve"], figures), files
+    steps = torch.load(folder / "checkpoints" / "last.pt", weights_only=True)["metrics"][:, :4].tolist()
+    return project.load_checkpoint(newest).state_dict(), (steps, figures), files
 
 
 def main():

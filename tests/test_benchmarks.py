@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, make_config, read_run
+from conftest import SIZES, TINY, make_config, read_run
 
 import gpt2_tinystories as project
 from sample_stories import sample_stories
@@ -21,8 +21,9 @@ TRAIN_SPEED = "train_speed.py --data stories.txt --tokenizer bpe:400 --rounds 1 
     [
         ("data_speed.py --stories 60 --tokenizer bpe:400", 2),
         ("generate_speed.py --model {finished}/checkpoints/epoch_2 --max-length 5 --rounds 1", 3),
-        (f"{TRAIN_SPEED} --only hf-default not-folded ours --profile", 3),
-        ("quality.py --data sample --fraction 0.01 --max-steps 2 --only plain ours --length 3", 2),
+        (f"{TRAIN_SPEED} --only hf-default ours --profile", 2),
+        (f"quality.py --data stories.txt --fraction 1 --tokenizer bpe:400 {SIZES} --max-steps 2 --only plain ours "
+         "--length 3", 2),
     ],
 )
 def test_a_benchmark_prints_its_table(command, rows, tmp_path, finished):

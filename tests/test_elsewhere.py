@@ -68,7 +68,6 @@ def test_ctranslate2_computes_and_writes_the_same(section, finished, model, caps
     torch.testing.assert_close(logits, model(ids).detach(), atol=1e-4, rtol=1e-4)
     story, n_prompt = names["story"].sequences_ids[0], len(project.encode(model.tokenizer, "Once upon a time"))
 
-    sampling = {"method": "greedy", "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
-    (greedy,) = project.continue_ids(model, story[:n_prompt], torch.zeros(1, 20), **sampling)
+    (greedy,) = project.continue_ids(model, story[:n_prompt], torch.zeros(1, 20), ("greedy", 1.0, 0, 1.0, 1.0))
     new = greedy[n_prompt:]
     assert story[n_prompt:][: len(new)] == new[: len(story) - n_prompt]

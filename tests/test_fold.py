@@ -1,6 +1,7 @@
 """The folded vocabulary against the full one: the same model, trained, saved, loaded and written with."""
 
 import math
+from contextlib import nullcontext
 
 import datasets
 import numpy as np
@@ -14,6 +15,7 @@ import gpt2_tinystories as project
 from sample_stories import sample_stories
 
 V = 400
+NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
 
 
 def folded_and_full():
@@ -57,7 +59,7 @@ def test_the_folded_model_learns_what_the_full_one_learns(grad_clip):
             ids[0, :2, 15:] = project.IGNORE
             window = [(story[:, :-1].clamp(min=0), story[:, 1:]) for story in ids]
             n_tokens = int((ids[:, :, 1:] != project.IGNORE).sum())
-            losses.append(project.backward(model, window, n_tokens)[0].item() / n_tokens)
+            losses.append(project.backward(model, window, n_tokens, nullcontext(), NO_SCALER)[0].item() / n_tokens)
             norms.append(project.update(model, optimizers, grad_clip, scaler).item())
     assert losses[:20] == pytest.approx(losses[20:], abs=1e-9)
     assert norms[:20] == pytest.approx(norms[20:], rel=1e-9) and min(norms) > 0.05
@@ -241,7 +243,7 @@ def test_nothing_in_a_step_waits_for_the_device():
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     window = [(torch.zeros(2, 9, dtype=torch.long), torch.zeros(2, 9, dtype=torch.long))] * 2
     for _ in range(2):
-        sums = project.backward(model, window, 36)
+        sums = project.backward(model, window, 36, nullcontext(), NO_SCALER)
         norm = project.update(model, optimizers, 1.0, scaler)
     assert (sums.shape, sums.device.type, norm.shape, norm.device.type) == ((2,), "meta", (), "meta")
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):

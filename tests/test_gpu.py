@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import TINY, make_model, read_run
+from conftest import TINY, make_model, read_curve
 
 import gpt2_tinystories as project
 
@@ -37,8 +37,7 @@ def test_two_gpus_learn_what_one_learns(compile, workspace):
     project.main([*arguments, "--checkpoints", "one/checkpoints", "--plots", "one/plots"])
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     subprocess.run([*launch, project.__file__, *arguments, "--accum-steps", "1"], check=True)
-    (_, one), (_, two) = read_run("one/checkpoints"), read_run()
-    for (_, loss), (_, expected) in zip(two["curve"], one["curve"], strict=True):
+    for (_, loss), (_, expected) in zip(read_curve(workspace), read_curve(workspace / "one"), strict=True):
         assert loss == pytest.approx(expected, abs=1e-4)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import read_run, same_runs, train, train_in
+from conftest import read_curve, read_run, same_runs, train, train_in
 from test_crash import start, wait_for
 
 import gpt2_tinystories as project
@@ -84,8 +84,9 @@ def assert_same_figures(one, two):
     """Equal but for the order in which sums were rounded."""
     _, record = read_run(one / "checkpoints")
     _, expected = read_run(two / "checkpoints")
-    assert [step for step, _ in record["curve"]] == [1, 2, 3, 4, 5, 6]
-    for (_, loss), (_, expected_loss) in zip(record["curve"], expected["curve"], strict=True):
+    curve, expected_curve = read_curve(one), read_curve(two)
+    assert [step for step, _ in curve] == [1, 2, 3, 4, 5, 6]
+    for (_, loss), (_, expected_loss) in zip(curve, expected_curve, strict=True):
         assert loss == pytest.approx(expected_loss, abs=1e-5)
     for epoch, expected_epoch in zip(record["epochs"], expected["epochs"], strict=True):
         assert epoch["test_loss"] == pytest.approx(expected_epoch["test_loss"], abs=1e-5)
