@@ -28,6 +28,10 @@ SIZES = "--n-positions 64 --n-embd 32 --n-head 2 --n-inner 64"
 TINY = f"--data sample --fraction 0.0067 --epochs 2 --tokenizer bpe:400 {SIZES}"
 
 
+def pytest_xdist_auto_num_workers():
+    return os.cpu_count() + 1  # some tests wait for something
+
+
 @pytest.fixture(scope="session")
 def texts():
     return list(sample_stories(60))

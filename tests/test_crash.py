@@ -18,9 +18,9 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from child import work
 from conftest import read_run, same_runs, train_in
 
-import gpt2_generate
 import gpt2_tinystories as project
 
 processes = multiprocessing.get_context("forkserver")
@@ -34,28 +34,18 @@ def finished(tiny, tmp_path_factory):
     return train_in(tmp_path_factory.mktemp("finished"), base=tiny)
 
 
-def start(folder, arguments, prepare=None, *values, output="output.txt"):
-    """Run gpt2_tinystories.py in folder, its output in a file there; prepare(*values) is called before."""
-    process = processes.Process(target=work, args=(folder, arguments.split(), output, prepare, values))
+def start(folder, arguments, prepare=None, *values, output="output.txt", script="gpt2_tinystories"):
+    """Run a script in folder, its output in a file there; prepare(*values) is called before."""
+    arguments = arguments.split() if isinstance(arguments, str) else arguments
+    Path(folder, output).unlink(missing_ok=True)
+    process = processes.Process(target=work, args=(folder, script, arguments, {}, output, output, prepare, values))
     process.start()
     return process
 
 
-def work(folder, arguments, output, prepare, values):
-    os.chdir(folder)
-    output = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    sys.argv = ["gpt2_tinystories.py", *arguments]
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts its background jobs without it
-    if prepare:
-        prepare(*values)
-    project.run(project.main)
-
-
-def run(folder, arguments, prepare=None, *values):
+def run(folder, arguments, prepare=None, *values, **script):
     """(exit code, output): minus the signal's number for a process that was killed."""
-    process = start(folder, arguments, prepare, *values)
+    process = start(folder, arguments, prepare, *values, **script)
     process.join(120)
     assert process.exitcode is not None, "it hangs"
     return process.exitcode, read(folder)
@@ -420,25 +410,32 @@ def test_the_checksums_are_those_of_sha256sum(finished):
 # --- Odd output and input
 
 
-def test_output_that_nobody_reads_ends_the_program_quietly(finished, tiny):
-    for script in (project, gpt2_generate):
-        arguments = tiny.split() if script is project else ["--model", "checkpoints/epoch_2", "--prompt", "Once"]
-        read, write = os.pipe()
-        os.close(read)
-        ran = subprocess.run(
-            [sys.executable, script.__file__, *arguments], cwd=finished, stdout=write, stderr=subprocess.PIPE, text=True
-        )
-        os.close(write)
-        assert ran.returncode == 1 and ran.stderr == ""
+GENERATE = "--model checkpoints/epoch_2 --max-length 3 --prompt"
+
+
+@pytest.mark.parametrize("script", ["gpt2_tinystories", "gpt2_generate"])
+def test_output_that_nobody_reads_ends_the_program_quietly(script, finished, tiny):
+    code, errors = run(finished, f"{GENERATE} Once" if "generate" in script else tiny, close_the_pipe, script=script)
+    assert code == 1 and errors == ""
+
+
+def close_the_pipe():
+    """Make the output a pipe whose reader has gone."""
+    read, write = os.pipe()
+    os.close(read)
+    os.dup2(write, 1)
+    sys.stdout = io.TextIOWrapper(io.FileIO(1, "w"))  # the one that is there remembers a place in a file
 
 
 def test_a_terminal_that_shows_ascii_alone_and_a_prompt_that_is_no_text(finished):
-    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
-    command = [sys.executable, gpt2_generate.__file__, *"--model checkpoints/epoch_2 --max-length 3 --prompt".split()]
-    ran = subprocess.run([*command, "Zoë"], cwd=finished, capture_output=True, env=environment)
-    assert ran.returncode == 0 and b"Zo?" in ran.stdout
-    ran = subprocess.run([*command, b"Zo\xff"], cwd=finished, capture_output=True)
-    assert ran.returncode == 2 and len(ran.stderr.splitlines()) == 1
+    code, output = run(finished, f"{GENERATE} Zoë", show_ascii, script="gpt2_generate")
+    assert code == 0 and "Zo?" in output
+    code, output = run(finished, f"{GENERATE} {os.fsdecode(b'Zo' + bytes([255]))}", script="gpt2_generate")
+    assert code == 2 and len(output.splitlines()) == 3  # the first two show the name of the checkpoint
+
+
+def show_ascii():
+    sys.stdout.reconfigure(encoding="ascii", errors="strict")
 
 
 def test_the_steps_of_an_epoch_are_not_done_again_for_its_evaluation(finished, tmp_path, monkeypatch, tiny):

@@ -4,22 +4,21 @@ import hashlib
 import http.server
 import io
 import json
+import multiprocessing.forkserver
 import os
 import re
 import subprocess
-import sys
 import threading
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 import datasets
 import pytest
+from child import work
 from conftest import train_in
 
-import gpt2_tinystories as project
 from sample_stories import sample_stories
 
-ROOT = Path(project.__file__).parent
 REPO, COMMIT, FILE = "roneneldan/TinyStories", "0123456789abcdef" * 2 + "01234567", "data/train-00000-of-00001.parquet"
 MODEL = "somebody/tiny-gpt2"
 STORIES = list(sample_stories(40))
@@ -99,18 +98,27 @@ def hub():
     server.shutdown()
 
 
+server = multiprocessing.forkserver.ForkServer()  # whose processes have not read HF_ENDPOINT and HF_HOME yet
+server.set_forkserver_preload("torch torch._dynamo pandas pyarrow.parquet matplotlib.figure".split())
+
+
 def train(folder, endpoint, arguments=ARGUMENTS):
     process = start(folder, endpoint, arguments)
-    output, errors = process.communicate(timeout=200)
-    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+    process.join(200)
+    output, errors = ((folder / name).read_text() for name in ("output.txt", "errors.txt"))
+    return subprocess.CompletedProcess(arguments, process.exitcode, output, errors)
 
 
 def start(folder, endpoint, arguments=ARGUMENTS):
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    environment |= {"HF_HOME": str(folder / "hf_home"), "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1"}
-    command = [sys.executable, ROOT / "gpt2_tinystories.py", *arguments.split()]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=folder, env=environment, **pipes)
+    environment = {"HF_HOME": str(folder / "hf_home"), "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1"}
+    for name in ("output.txt", "errors.txt"):
+        (folder / name).unlink(missing_ok=True)
+    values = (folder, "gpt2_tinystories", arguments.split(), environment, "output.txt", "errors.txt", None, ())
+    process = multiprocessing.get_context("forkserver").Process(target=work, args=values)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("multiprocessing.forkserver.connect_to_new_process", server.connect_to_new_process)
+        process.start()
+    return process
 
 
 def source(folder):
@@ -129,7 +137,7 @@ def test_auto_downloads_tinystories_once_and_keeps_them(hub, tmp_path, capsys):
     killed = start(tmp_path, hub.endpoint)
     assert hub.handler.stuck.wait(60)
     killed.kill()
-    killed.communicate()
+    killed.join()
     assert not (tmp_path / "tinystories_local").exists()
     (tmp_path / "tinystories_local.tmp").mkdir()
     (tmp_path / "tinystories_local.tmp" / "part").write_text("half")

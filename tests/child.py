@@ -1,0 +1,22 @@
+"""What a process of the tests does. This imports little, so that the environment can still be set."""
+
+import importlib
+import os
+import signal
+import sys
+
+
+def work(folder, script, arguments, environment, output, errors, prepare, values):
+    """Run a script in a folder, with what it prints in files there; prepare(*values) is called before."""
+    os.chdir(folder)
+    if environment:
+        for name in [name for name in os.environ if name.startswith("HF_")]:
+            del os.environ[name]
+        os.environ |= environment
+    for number, name in ((1, output), (2, errors)):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    sys.argv = [f"{script}.py", *arguments]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts its background jobs without it
+    if prepare:
+        prepare(*values)
+    importlib.import_module("gpt2_tinystories").run(importlib.import_module(script).main)
