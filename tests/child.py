@@ -6,6 +6,11 @@ import signal
 import sys
 
 
+def save_no_picture(figure, path, **_):
+    """In the place of matplotlib's Figure.savefig."""
+    path.write_bytes(b"no picture")
+
+
 def work(folder, script, arguments, environment, output, errors, prepare, values):
     """Run a script in a folder, with what it prints in files there; prepare(*values) is called before."""
     os.chdir(folder)
@@ -17,6 +22,7 @@ def work(folder, script, arguments, environment, output, errors, prepare, values
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     sys.argv = [f"{script}.py", *arguments]
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts its background jobs without it
+    importlib.import_module("matplotlib.figure").Figure.savefig = save_no_picture
     if prepare:
         prepare(*values)
     importlib.import_module("gpt2_tinystories").run(importlib.import_module(script).main)

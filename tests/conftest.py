@@ -11,25 +11,25 @@ os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="gpt2-tinystories-tests-")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # the models are tiny, and pytest runs a process on each core
 
+import child
 import datasets
 import pandas
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 import gpt2_tinystories as project
 import sample_stories as grammar
 from sample_stories import sample_stories
 
+draw = Figure.savefig  # takes half a second, so that most runs here do without
+Figure.savefig = child.save_no_picture
 # The built-in stories take seconds each time.
 built_in_stories = functools.cache(lambda: list(sample_stories(project.N_BUILT_IN)))
 grammar.sample_stories = lambda n, **seed: built_in_stories() if n == project.N_BUILT_IN else sample_stories(n, **seed)
 
 SIZES = "--n-positions 64 --n-embd 32 --n-head 2 --n-inner 64"
 TINY = f"--data sample --fraction 0.0067 --epochs 2 --tokenizer bpe:400 {SIZES}"
-
-
-def pytest_xdist_auto_num_workers():
-    return os.cpu_count() + 1  # some tests wait for something
 
 
 @pytest.fixture(scope="session")
@@ -121,8 +121,10 @@ def train_in(folder, arguments="", base=TINY):
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """The folder of a finished tiny run, made once for the tests that only look at it."""
-    return train_in(tmp_path_factory.mktemp("finished"))
+    """The folder of a finished tiny run, made once for the tests that only look at it. Its plots are drawn."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", draw)
+        return train_in(tmp_path_factory.mktemp("finished"))
 
 
 @pytest.fixture(scope="session")

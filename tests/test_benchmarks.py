@@ -21,7 +21,7 @@ TRAIN_SPEED = "train_speed.py --data stories.txt --tokenizer bpe:400 --rounds 1 
     [
         ("data_speed.py --stories 60 --tokenizer bpe:400", 2),
         ("generate_speed.py --model {finished}/checkpoints/epoch_2 --max-length 5 --rounds 1", 3),
-        (f"{TRAIN_SPEED} --only hf-default ours --profile", 2),
+        (f"{TRAIN_SPEED} --only ours --profile", 1),
         (f"quality.py --data stories.txt --fraction 1 --tokenizer bpe:400 {SIZES} --max-steps 2 --only plain ours "
          "--length 3", 2),
     ],
