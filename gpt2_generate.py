@@ -35,14 +35,14 @@ TEXTS = (PROMPTS,) if isinstance(PROMPTS, str) else tuple(PROMPTS or ())
 @dataclass(frozen=True)
 class Settings:
     model: str = flag(str(MODEL or ""), "checkpoint folder or Hub id; empty: the newest epoch here")
-    prompt: tuple = flag(TEXTS, "beginning of a story; can be repeated")
+    prompt: tuple = flag(TEXTS, r"beginning of a story; can be repeated; \n: new line; --prompt=-x")
     method: Literal["greedy", "sample"] = flag("greedy", "take the likeliest token, or draw one")
     max_length: int = flag(200, "most new tokens of a story")
     temperature: float = flag(1.0, "for sample: below 1 plainer, above 1 wilder")
     top_k: int = flag(0, "for sample: draw from so many likeliest tokens; 0: from all")
     top_p: float = flag(0.9, "for sample: from the fewest that together have this probability")
     repetition_penalty: float = flag(1.0, "above 1: tokens that were there become less likely")
-    stop: tuple = flag((), "text that ends a story; can be repeated")
+    stop: tuple = flag((), r"text that ends a story; can be repeated; \n: new line; --stop=-x")
     num_samples: int = flag(1, "for sample: stories for each prompt")
     seed: int = flag(42, "for sample: seed of the first story, the next one has the next seed")
     batch: bool = flag(False, "write all samples of a prompt at once and show them then: faster")
@@ -62,7 +62,8 @@ def write_stories(model, prompt, settings):
     from transformers import TextStreamer
     names = "max_length method temperature top_k top_p repetition_penalty stop".split()
     options = {name: getattr(settings, name) for name in names}
-    seed, n = settings.seed, settings.num_samples
+    options["stop"] = [text.replace(r"\n", "\n") for text in settings.stop]
+    prompt, seed, n = prompt.replace(r"\n", "\n"), settings.seed, settings.num_samples
     if settings.batch:
         texts = generate_text(model, [prompt], num_samples=n, seed=seed, **options)
         print(*texts, sep="\n\n", end="\n\n", flush=True)
@@ -75,8 +76,7 @@ def prompts_typed():
     """Yield the prompts that somebody types, up to an empty line or the end of the input."""
     print("Type the beginning of a story; an empty line ends the program.")
     try:
-        while prompt := input("prompt> ").strip():
-            yield prompt
+        yield from iter(lambda: input("prompt> ").strip(), "")
     except EOFError:
         print()
 

@@ -33,7 +33,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from hashlib import blake2b, file_digest
-from itertools import count
+from itertools import count, islice
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Literal, get_args
@@ -127,31 +127,33 @@ class Settings:
 
 # --- Data: stories, tokenizer, token ids, batches of similar length -----------------------------
 
+NEEDED = ("; it must be a save_to_disk folder, a .txt, .jsonl or .parquet file, a folder of such "
+          "as .parquet, or a Hub id, with strings in a column `text`; of splits, `train` is taken")
+
 def load_stories(data, cache_dir):
     """A datasets.Dataset of one column, `text`, and the name of its source."""
-    from datasets import Dataset, load_dataset, load_from_disk
+    from datasets import Dataset, concatenate_datasets, load_dataset
     if data == "auto":
         data = default_stories()
     if data == "sample":
         from sample_stories import sample_stories
         return Dataset.from_dict({"text": list(sample_stories(N_BUILT_IN))}), BUILT_IN
-    path, options = Path(data), {"cache_dir": str(cache_dir)}
-    needed = ("; it must be a save_to_disk folder, a .txt, .jsonl or .parquet file or a Hub id, "
-              "with strings in a column `text`; of its splits, `train` is taken")
-    with reading(data, f"--data {data}", needed):
-        if not path.exists():
-            stories = load_dataset(path.as_posix(), split="train")
-        elif path.is_dir():
-            stories = load_from_disk(data)
-        elif path.suffix == ".txt":
-            file = path.stat()
-            file = {"path": data, "size": file.st_size, "changed": file.st_mtime_ns}
-            stories = Dataset.from_generator(read_text, gen_kwargs=file, **options)
+    path = Path(data)
+    saved = path / "train" if (path / "train" / "state.json").exists() else path  # a DatasetDict
+    if path.exists() and not (saved / "state.json").exists():
+        files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+        files = [file for file in files if file.name.startswith("train")] or files
+        stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        file = Path(cache_dir, f"stories-{digest(repr(stats).encode())}.arrow")
+        return arrow_file(file, {"text": "large_string"}, read_files(data, files)), path.name
+    with reading(data, f"--data {data}", NEEDED):
+        if path.exists():
+            parts = json.loads((saved / "state.json").read_text("utf-8"))["_data_files"]
+            parts = [Dataset.from_file(str(saved / part["filename"])) for part in parts]
+            stories = concatenate_datasets(parts)
         else:
-            kind = {".jsonl": "json", ".parquet": "parquet"}[path.suffix]
-            stories = load_dataset(kind, data_files=data, split="train", **options)
-        stories = stories["train"] if isinstance(stories, dict) else stories
-        stories = stories.with_format(None).select_columns("text")
+            stories = load_dataset(path.as_posix(), split="train")
+        stories = stories.select_columns("text")
         if "string" not in getattr(stories.features["text"], "dtype", ""):
             raise ValueError(f"`text` has {stories.features['text']}")
     return stories, (path.name if path.exists() else data)
@@ -170,23 +172,67 @@ def default_stories():
                 f"\n{error}\nOnce there is one, start over with --overwrite.\n{line}")
     return str(LOCAL_STORIES) if LOCAL_STORIES.exists() else "sample"
 
-def read_text(path, size, changed):  # the latter two for the cache of datasets, not used here
+def read_files(data, files):
+    """Yield the stories of .txt, .jsonl or .parquet files, 100 at a time, as an Arrow column."""
+    import pyarrow
+    readers = {".txt": read_text, ".jsonl": read_lines, ".parquet": read_table}
+    with reading(data, f"--data {data}", NEEDED):
+        if not files:
+            raise ValueError("no stories are there")
+        texts = (text for file in files for text in readers[file.suffix](file))
+        while batch := list(islice(texts, 100)):
+            yield {"text": pyarrow.array(batch, pyarrow.large_string())}
+
+def read_text(path):
     """Yield the stories of a text file, separated by <|endoftext|>."""
     rest = ""
     with open(path, encoding="utf-8") as file:
         while part := file.read(1 << 20):
             *stories, rest = (rest + part).split(END_OF_STORY)
-            yield from ({"text": story} for story in stories)
-    yield from [{"text": rest}] if rest.strip() else []
+            yield from stories
+    yield from [rest] if rest.strip() else []
+
+def read_lines(path):
+    with open(path, encoding="utf-8-sig") as file:
+        yield from (json.loads(line)["text"] for line in file if line.strip())
+
+def read_table(path):
+    from pyarrow.parquet import ParquetFile
+    with open(path, "rb") as file:
+        for rows in ParquetFile(file).iter_batches(100, columns=["text"]):
+            yield from rows.column("text").to_pylist()
+
+def arrow_file(file, schema, batches):
+    """The datasets.Dataset in an Arrow file, written from batches of columns if it is not there."""
+    import pyarrow
+    from datasets import Dataset
+    if not file.exists():
+        schema = pyarrow.schema(list(schema.items()))
+        with (whole_or_absent(file) as new, pyarrow.OSFile(str(new), "wb") as sink,
+              pyarrow.ipc.new_stream(sink, schema) as writer):
+            for batch in batches:
+                writer.write_batch(pyarrow.record_batch(batch, schema))
+    with reading(file, file, "; delete it"):
+        return Dataset.from_file(str(file))
+
+def clean(text):
+    """A story without white space, byte-order marks and written <|endoftext|> at its ends."""
+    before = None
+    while text != before:
+        before, text = text, text.strip().strip("\ufeff")
+        text = text.removeprefix(END_OF_STORY).removesuffix(END_OF_STORY)
+    return text
 
 def split_stories(stories, settings):
     """(train, test, counts): a seeded random slice, without empty stories and duplicates."""
     rng = np.random.default_rng(settings.seed)
     n_chosen = min(len(stories), max(1, round(settings.fraction * len(stories))))
     chosen = stories.select(np.sort(rng.choice(len(stories), n_chosen, replace=False)))
-    texts = ((text or "").strip() for rows in chosen.iter(1000) for text in rows["text"])
-    hashes = (int(digest(text.encode()), 16) if text else 0 for text in texts)
-    hashes = np.fromiter(hashes, np.uint64, n_chosen)
+    hashes, n_marks = np.zeros(n_chosen, np.uint64), 0
+    texts = (text or "" for rows in chosen.iter(100) for text in rows["text"])
+    for i, (text, story) in enumerate((text.strip(), clean(text)) for text in texts):
+        n_marks += story != text
+        hashes[i] = int(digest(story.encode()), 16) if story else 0
     _, first = np.unique(hashes, return_index=True)  # the first story of each text
     kept = rng.permutation(np.sort(first[hashes[first] != 0]))  # without the empty ones
     n_test = max(1, round(settings.test_fraction * len(kept)))
@@ -196,7 +242,7 @@ def split_stories(stories, settings):
     test, train = np.sort(kept[:n_test]), np.sort(kept[n_test:])
     n_empty = int((hashes == 0).sum())
     counts = {"stories": len(stories), "train_stories": len(train), "test_stories": n_test,
-              "empty": n_empty, "duplicates": n_chosen - n_empty - len(kept),
+              "marks": n_marks, "empty": n_empty, "duplicates": n_chosen - n_empty - len(kept),
               "fingerprint": digest(hashes[np.concatenate((train, test))].tobytes())}
     return chosen.select(train), chosen.select(test), counts
 
@@ -210,14 +256,19 @@ def load_tokenizer(name, stories=None, what="--tokenizer"):
         size = int(name[4:]) if name[4:].isdecimal() else 0
         require(size > 256, "tokenizer", name, "needs a size above 256, the number of bytes")
         # Of a story 10,000 characters at most: a very long word takes quadratic time.
-        texts = ([text[:10_000] for text in rows["text"]] for rows in stories.iter(1000))
+        texts = ([clean(text)[:10_000] for text in rows["text"]] for rows in stories.iter(100))
         return GPT2Tokenizer().train_new_from_iterator(texts, size, show_progress=False)
     with reading(name, f"{what} {name}", "; bpe:4096 needs no network" if stories else ""):
         tokenizer = AutoTokenizer.from_pretrained(name)
         # Where files are missing, some versions of transformers return an empty tokenizer.
-        if len(tokenizer) <= 256 or not tokenizer.is_fast or tokenizer.eos_token_id is None:
-            raise ValueError(f"not usable: {len(tokenizer)} tokens, end {tokenizer.eos_token}")
+        if len(tokenizer) <= 1 or not tokenizer.is_fast or tokenizer.eos_token_id is None:
+            raise ValueError(f"its files, such as tokenizer.json, are missing or not usable ("
+                             f"{len(tokenizer)} tokens, end {tokenizer.eos_token}): copy them from "
+                             "where the model comes from")
     return tokenizer
+
+def n_rows(tokenizer):
+    return max(tokenizer.get_vocab().values()) + 1  # there may be holes
 
 def encode(tokenizer, texts):
     """Token ids of texts. A written <|endoftext|> is plain characters, not the end of a story."""
@@ -229,24 +280,22 @@ def encode(tokenizer, texts):
 Tokens = namedtuple("Tokens", "ids lengths n_cut")
 
 def encode_stories(stories, tokenizer, n_positions, file):
-    """The Tokens of stories, kept in a file: ids and <|endoftext|>, n_positions + 1 at most."""
-    from datasets import Dataset, Features, Sequence, Value
-    def encode_rows(rows):
-        ids = encode(tokenizer, [text.strip() for text in rows["text"]])
-        ids = [story + [tokenizer.eos_token_id] for story in ids]
-        n_cut = [max(0, len(story) - n_positions - 1) for story in ids]
-        return {"ids": [story[: n_positions + 1] for story in ids], "n_cut": n_cut}
+    """The Tokens of stories, kept in a file: ids and <|endoftext|>, n_positions + 1 at most. What
+    is surely beyond these in a very long story is not looked at: there, n_cut is an estimate."""
+    import pyarrow
+    end, n_ids = [tokenizer.eos_token_id], n_positions + 1
+    n_characters = max(10_000, n_ids * max(map(len, tokenizer.get_vocab())))
+    def batches():
+        for rows in tqdm(stories.iter(100), "tokenising", -(-len(stories) // 100)):
+            texts = [clean(text) for text in rows["text"]]
+            ids = encode(tokenizer, [text[:n_characters] for text in texts])
+            whole = [max(1, len(text) / n_characters) for text in texts]  # to the part, in length
+            found = [(i + end, n) for i, n in zip(ids, whole, strict=True) if i]
+            yield {"ids": [i[:n_ids] for i, _ in found],
+                   "n_cut": [max(0, round(len(i) * n) - n_ids) for i, n in found]}
 
-    id_type = "uint16" if len(tokenizer) <= 1 << 16 else "int32"
-    features = Features({"ids": Sequence(Value(id_type)), "n_cut": Value("int64")})
-    if not file.exists():
-        for leftover in file.parent.glob("tmp*"):  # of a process that was killed
-            leftover.unlink()
-        with whole_or_absent(file) as new:
-            stories.map(encode_rows, batched=True, remove_columns="text", features=features,
-                        desc="tokenising", cache_file_name=str(new))
-    with reading(file, file, "; delete it"):
-        table = Dataset.from_file(str(file)).data
+    id_type = pyarrow.uint16() if n_rows(tokenizer) <= 1 << 16 else pyarrow.int32()
+    table = arrow_file(file, {"ids": pyarrow.list_(id_type), "n_cut": "int64"}, batches()).data
     lengths = [np.diff(chunk.offsets) - 1 for chunk in table.column("ids").chunks]
     return Tokens(table.column("ids"), np.concatenate(lengths), int(np.sum(table.column("n_cut"))))
 
@@ -452,8 +501,8 @@ def encode_prompt(model, prompt):
     is_text = prompt.strip() and not re.search("[\ud800-\udfff]", prompt)
     require(is_text, "prompt", repr(prompt), "is empty, or has bytes that are no UTF-8")
     ids, n_positions = encode(model.tokenizer, prompt), model.config.n_positions
-    rule = f"has {len(ids)} tokens, {n_positions} fit"
-    require(len(ids) <= n_positions, "prompt", repr(prompt[:30] + "…"), rule)
+    rule = f"has {len(ids)} tokens, 1 to {n_positions} fit"
+    require(0 < len(ids) <= n_positions, "prompt", repr(prompt[:30] + "…"), rule)
     return ids
 
 @torch.no_grad()
@@ -498,7 +547,7 @@ def next_ids(logits, tokens, numbers, method, temperature, top_k, top_p, repetit
 def next_probabilities(logits, temperature, top_k, top_p):
     """Probabilities (B, V) from logits (B, V): temperature, then the top_k likeliest, then the
     nucleus of top_p (Holtzman et al., "The Curious Case of Neural Text Degeneration")."""
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # 0 at most, so none overflows
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)  # 0 at most
     ranked, order = logits.softmax(-1).sort(descending=True)
     ranked[:, top_k or logits.size(-1) :] = 0
     most = top_p * ranked.sum(-1, keepdim=True)
@@ -590,8 +639,9 @@ def train(model, train_set, test_set, settings, record, last, precision):
     learner = make_learner(model, next(iter(test_loader)), settings, autocast, scaler)
     steps = step_batches(train_set.lengths, settings, record["step"])
     say("stories    {train_stories:,} to train, {test_stories:,} to test, of {stories:,} from "
-        "{source}; dropped {empty:,} empty ones and {duplicates:,} duplicates\ntokens     "
-        "{train_tokens:,} to train; of all, {tokens_cut:,} were cut off".format(**record["data"]))
+        "{source}; dropped {empty:,} empty ones, {duplicates:,} duplicates, marks at the ends of "
+        "{marks:,}\ntokens     {train_tokens:,} to train; of all, about {tokens_cut:,} were cut off"
+        .format(**record["data"]))
     say(f"model      {record['parameters'] / 1e6:.1f} M parameters, on {WORLD_SIZE} x {device} in "
         f"{precision}; {n_steps:,} steps")
     bar = tqdm(total=n_steps, initial=record["step"], disable=RANK > 0, leave=False,
@@ -811,7 +861,7 @@ def load_checkpoint(name, device="cpu", fold=True, **changes):
         config.tie_word_embeddings = theirs.lm_head.weight is theirs.transformer.wte.weight
         model = GPT(config, load_tokenizer(str(name), what="the tokenizer of"))
         model.load_state_dict(weights)
-        if (n_ids := max(model.tokenizer.get_vocab().values()) + 1) > config.vocab_size:
+        if (n_ids := n_rows(model.tokenizer)) > config.vocab_size:
             raise ValueError(f"{n_ids} tokens in its tokenizer, {config.vocab_size} in the model")
     if fold:
         model.fold(~equal_rows(model))
@@ -876,6 +926,8 @@ def whole_or_absent(path):
         new.replace(path)
     except Exception as error:  # each library has another exception for a full disk
         remove(new)  # which may be what filled it
+        if isinstance(error, InputError):  # of what was read meanwhile
+            raise
         why = error if isinstance(error, OSError) else error.__context__ or error
         raise OSError(f"{path} cannot be saved, what was saved before is kept: {why}") from error
 
@@ -888,6 +940,7 @@ def remove(path):
 def write_plots(folder, record, metrics):
     """training_metrics.csv and .png: loss, accuracy and test perplexity, of a run's record and of
     some 100 points of its metrics (n_steps, 5)."""
+    os.environ.pop("MPLBACKEND", None)  # may name one that is not installed, and none is needed
     from matplotlib.figure import Figure
     from pandas import DataFrame, concat
     starts = np.arange(0, len(metrics), math.ceil(record["steps"] / 100))
@@ -935,14 +988,13 @@ def main(argv=None):
         name = usual if settings.tokenizer == "auto" else settings.tokenizer
         tokenizer = model.tokenizer if model else load_tokenizer(name, train_stories)
         data["tokenizer"] = digest(tokenizer.backend_tokenizer.to_str().encode())
-        record = new_record(settings, data, before)
-        refuse_changes(before["fixed"], record["fixed"], folder)
         file = f"{data['fingerprint']}-{data['tokenizer']}-{settings.n_positions}.arrow"
         train_set, test_set = (
             encode_stories(part, tokenizer, settings.n_positions, folder / f"data/{name}-{file}")
             for name, part in (("train", train_stories), ("test", test_stories)))
-        data["train_tokens"] = int(train_set.lengths.sum())
-        data["tokens_cut"] = train_set.n_cut + test_set.n_cut
+        count_tokens(data, train_set, test_set, settings)
+        record = new_record(settings, data, before)
+        refuse_changes(before["fixed"], record["fixed"], folder)
         torch.manual_seed(settings.seed)
         model = model or GPT(model_config(settings, tokenizer), tokenizer)
         record["parameters"] = sum(weight.numel() for weight in model.parameters())
@@ -956,6 +1008,18 @@ def main(argv=None):
             model.fold(tokens_in((train_set, test_set), model.config.vocab_size))
         train(model.to(device), train_set, test_set, settings, record, last, precision)
         say(result(record))
+
+def count_tokens(data, train_set, test_set, settings):
+    """Complete the counts of the data."""
+    n_train, n_test, n_left = len(train_set.lengths), len(test_set.lengths), settings.n_positions
+    require(n_train and n_test, "tokenizer", settings.tokenizer, "knows nothing of the stories")
+    data["empty"] += data["train_stories"] + data["test_stories"] - n_train - n_test
+    data |= {"train_stories": n_train, "test_stories": n_test}
+    data["train_tokens"] = int(train_set.lengths.sum())
+    data["tokens_cut"] = n_cut = train_set.n_cut + test_set.n_cut
+    share = n_cut / (n_cut + data["train_tokens"] + test_set.lengths.sum())
+    if share > 1 / 3:
+        say(f"warning    --n-positions {n_left} cuts off about {share:.0%} of the tokens")
 
 def load_base(settings):
     """The model of --init, all of whose weights will be trained."""
@@ -974,7 +1038,8 @@ def model_config(settings, tokenizer):
     ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_token_id)
     return GPT2Config(  # n_ctx is an older name, which llama.cpp's converter asks for
         **{name: getattr(settings, name) for name in names}, n_ctx=settings.n_positions,
-        **dropout_rates(settings), **ends, vocab_size=len(tokenizer), tie_word_embeddings=False)
+        **dropout_rates(settings), **ends, vocab_size=n_rows(tokenizer),
+        tie_word_embeddings=False)
 
 # What may differ when a run goes on. Of the data, stories and tokenizer are compared, of
 # accum_steps its product with the number of processes.
@@ -1123,11 +1188,17 @@ def locked(folder):
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder.resolve() / ".lock", blocking=False, is_singleton=True)
     try:
-        with lock if RANK == 0 else nullcontext():
-            yield
+        if RANK == 0:
+            lock.acquire()
     except Timeout:
         way_out = "give this one other --checkpoints and --plots"
         raise InputError(f"{folder}: another run is writing there; {way_out}") from None
+    except OSError as error:  # a file system that locks nothing
+        say(f"warning    {folder}: {error.strerror}; a second run there would not be noticed")
+    try:
+        yield
+    finally:
+        lock.release()
 
 def pick_device(device, precision):
     """(device, precision) for auto: cuda, mps or cpu; bf16 where the hardware multiplies it fast,

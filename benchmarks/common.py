@@ -32,4 +32,5 @@ def prepare(settings):
         project.encode_stories(part, tokenizer, settings.n_positions, folder / f"{label}-{cache}")
         for label, part in (("train", train_stories), ("test", test_stories))
     )
+    project.count_tokens(data, train_set, test_set, settings)
     return train_set, test_set, tokenizer, data

@@ -215,7 +215,7 @@ def test_a_prompt_that_fills_the_context_is_read_and_a_longer_one_refused(model)
         fitting = fitting[2:]
     assert len(project.encode(model.tokenizer, fitting)) == n_positions
     assert project.generate_text(model, fitting, 3).startswith(fitting)
-    with pytest.raises(project.InputError, match="has 65 tokens, 64 fit"):
+    with pytest.raises(project.InputError, match="has 65 tokens, 1 to 64 fit"):
         project.generate_text(model, fitting + " a")
 
 
