@@ -19,6 +19,7 @@ D = C / H, V = vocab_size, R <= V rows of the embedding: tokens of no story shar
 """
 
 import argparse
+import errno
 import json
 import math
 import os
@@ -29,7 +30,7 @@ import sys
 import time
 import zipfile
 from collections import namedtuple
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from hashlib import blake2b, file_digest
@@ -134,7 +135,7 @@ def load_stories(data, cache_dir):
     """A datasets.Dataset of one column, `text`, and the name of its source."""
     from datasets import Dataset, concatenate_datasets, load_dataset
     if data == "auto":
-        data = default_stories()
+        data = default_stories(cache_dir)
     if data == "sample":
         from sample_stories import sample_stories
         return Dataset.from_dict({"text": list(sample_stories(N_BUILT_IN))}), BUILT_IN
@@ -142,11 +143,12 @@ def load_stories(data, cache_dir):
     saved = path / "train" if (path / "train" / "state.json").exists() else path  # a DatasetDict
     if path.exists() and not (saved / "state.json").exists():
         files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
-        files = [file for file in files if file.name.startswith("train")] or files
+        inside = ((file, file.relative_to(path).parts) for file in files)
+        files = [file for file, parts in inside if "train" in [p[:5] for p in parts]] or files
         stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         file = Path(cache_dir, f"stories-{digest(repr(stats).encode())}.arrow")
         return arrow_file(file, {"text": "large_string"}, read_files(data, files)), path.name
-    with reading(data, f"--data {data}", NEEDED):
+    with reading(data, f"--data {data}", NEEDED if path.exists() else ""):
         if path.exists():
             parts = json.loads((saved / "state.json").read_text("utf-8"))["_data_files"]
             parts = [Dataset.from_file(str(saved / part["filename"])) for part in parts]
@@ -158,18 +160,18 @@ def load_stories(data, cache_dir):
             raise ValueError(f"`text` has {stories.features['text']}")
     return stories, (path.name if path.exists() else data)
 
-def default_stories():
+def default_stories(cache_dir):
     """./tinystories_local, downloaded if need be; "sample" where that is not possible."""
     if RANK == 0 and not LOCAL_STORIES.exists():
         say(f"stories    looking for {HUB_STORIES} on the Hugging Face Hub (1 GB, kept here)")
         try:
-            stories, _ = load_stories(HUB_STORIES, None)
+            stories, _ = load_stories(HUB_STORIES, cache_dir)
             with whole_or_absent(LOCAL_STORIES) as folder:
                 stories.save_to_disk(folder)
         except InputError as error:
             line = "=" * 99
             say(f"{line}\nTHE BUILT-IN STORIES are used: no ./{LOCAL_STORIES} here and no download:"
-                f"\n{error}\nOnce there is one, start over with --overwrite.\n{line}")
+                f"\n{error}\nOnce that folder is there, start over with --overwrite.\n{line}")
     return str(LOCAL_STORIES) if LOCAL_STORIES.exists() else "sample"
 
 def read_files(data, files):
@@ -280,8 +282,9 @@ def encode(tokenizer, texts):
 Tokens = namedtuple("Tokens", "ids lengths n_cut")
 
 def encode_stories(stories, tokenizer, n_positions, file):
-    """The Tokens of stories, kept in a file: ids and <|endoftext|>, n_positions + 1 at most. What
-    is surely beyond these in a very long story is not looked at: there, n_cut is an estimate."""
+    """The Tokens of stories, kept in a file: ids and <|endoftext|>, n_positions + 1 at most. Of a
+    very long story only the first characters are looked at, enough for so many of the longest
+    tokens: there, n_cut is an estimate."""
     import pyarrow
     end, n_ids = [tokenizer.eos_token_id], n_positions + 1
     n_characters = max(10_000, n_ids * max(map(len, tokenizer.get_vocab())))
@@ -892,8 +895,8 @@ def read_last(folder):
             if damaged := archive.testzip():
                 raise ValueError(f"{damaged} is damaged")
         last = torch.load(path, map_location="cpu", weights_only=True)
-        if not last["record"]["fixed"]:
-            raise ValueError("it is not of this program")
+        if not last["record"].get("fixed"):
+            raise ValueError("it is of another program, or of another version of this one")
     return last
 
 def saved_epochs(folder):
@@ -918,18 +921,26 @@ def whole_or_absent(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         remove(new)
         yield new
-        for each in (each for each in (new, *new.rglob("*")) if each.is_file()):
-            with open(each, "rb+") as file:
-                os.fsync(file.fileno())
+        for each in (*new.rglob("*"), new):
+            flush(each)
         if path.is_dir():
             remove(path)
         new.replace(path)
+        flush(path.parent)
     except Exception as error:  # each library has another exception for a full disk
         remove(new)  # which may be what filled it
         if isinstance(error, InputError):  # of what was read meanwhile
             raise
         why = error if isinstance(error, OSError) else error.__context__ or error
         raise OSError(f"{path} cannot be saved, what was saved before is kept: {why}") from error
+
+def flush(path):
+    """Wait until a file is on the disk, and a folder where the file system can do that."""
+    is_folder = path.is_dir()
+    with suppress(OSError) if is_folder else nullcontext(), ExitStack() as at_the_end:
+        descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
+        at_the_end.callback(os.close, descriptor)
+        os.fsync(descriptor)
 
 def remove(path):
     shutil.rmtree(path, ignore_errors=True)  # which is for folders
@@ -979,6 +990,7 @@ def main(argv=None):
         wait(RANK > 0)  # until process 0 has downloaded, written and checked what all need
         last = None if settings.overwrite else read_last(folder)
         before = last["record"] if last else {"data": {}, "fixed": {}, "epochs": [], "step": 0}
+        refuse_changes(before["fixed"], fixed(settings), folder)
         model = load_base(settings) if settings.init else None
         known = settings.data == "auto" and before["data"].get("source") == BUILT_IN
         stories, source = load_stories("sample" if known else settings.data, folder / "data")
@@ -994,7 +1006,7 @@ def main(argv=None):
             for name, part in (("train", train_stories), ("test", test_stories)))
         count_tokens(data, train_set, test_set, settings)
         record = new_record(settings, data, before)
-        refuse_changes(before["fixed"], record["fixed"], folder)
+        refuse_changes(before["fixed"], record["fixed"], folder)  # the stories, too
         torch.manual_seed(settings.seed)
         model = model or GPT(model_config(settings, tokenizer), tokenizer)
         record["parameters"] = sum(weight.numel() for weight in model.parameters())
@@ -1027,7 +1039,12 @@ def load_base(settings):
     n, most = settings.n_positions, model.config.n_positions
     require(n <= most, "n_positions", n, f"the checkpoint of --init {settings.init} has {most}")
     model.transformer.wpe.weight.requires_grad_()
+    model.config.update(ends(model.tokenizer))
     return model
+
+def ends(tokenizer):
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return dict.fromkeys(names, tokenizer.eos_token_id)
 
 def dropout_rates(settings):
     return dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), settings.dropout)
@@ -1035,10 +1052,9 @@ def dropout_rates(settings):
 def model_config(settings, tokenizer):
     from transformers import GPT2Config
     names = ("n_positions", "n_embd", "n_layer", "n_head", "n_inner")
-    ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_token_id)
     return GPT2Config(  # n_ctx is an older name, which llama.cpp's converter asks for
         **{name: getattr(settings, name) for name in names}, n_ctx=settings.n_positions,
-        **dropout_rates(settings), **ends, vocab_size=n_rows(tokenizer),
+        **dropout_rates(settings), **ends(tokenizer), vocab_size=n_rows(tokenizer),
         tie_word_embeddings=False)
 
 # What may differ when a run goes on. Of the data, stories and tokenizer are compared, of
@@ -1046,16 +1062,20 @@ def model_config(settings, tokenizer):
 FREE = {"data", "tokenizer", "accum_steps", "save_every", "device", "precision", "compile",
         "checkpoints", "plots", "overwrite", "prompt"}
 
+def fixed(settings):
+    """What may not differ, but for the stories."""
+    kept = {name: value for name, value in asdict(settings).items() if name not in FREE}
+    return kept | {"accum_steps x processes": settings.accum_steps * WORLD_SIZE}
+
 def new_record(settings, data, before):
     """What training.json holds; of a run that goes on with the step and the epochs it has."""
-    n_batches = settings.accum_steps * WORLD_SIZE  # of a step
-    per_epoch = math.ceil(data["train_stories"] / (settings.batch_size * n_batches))
-    fixed = {name: value for name, value in asdict(settings).items() if name not in FREE}
-    fixed |= {name: data[name] for name in ("stories", "fingerprint", "tokenizer")}
+    per_step = settings.batch_size * settings.accum_steps * WORLD_SIZE
+    per_epoch = math.ceil(data["train_stories"] / per_step)
+    of_data = {name: data[name] for name in ("stories", "fingerprint", "tokenizer")}
     packages = ("torch", "transformers", "datasets")
     versions = {name: str(sys.modules[name].__version__) for name in packages}
     return {"settings": asdict(settings), "processes": WORLD_SIZE, "data": data,
-            "fixed": fixed | {"accum_steps x processes": n_batches},
+            "fixed": fixed(settings) | of_data,
             "steps": min(settings.max_steps or math.inf, settings.epochs * per_epoch),
             "steps_per_epoch": per_epoch, "step": before["step"], "epochs": before["epochs"],
             "versions": versions | {"python": sys.version.split()[0]}}
@@ -1091,7 +1111,7 @@ def parse(settings_class, description, argv=None):
         parser.add_argument("--" + f.name.replace("_", "-"), help=text, **kind)
     return settings_class(**vars(parser.parse_args(argv)))
 
-NO_MEMORY = "MemoryError|allocate memory|enough memory"  # on a CPU in a RuntimeError
+NO_MEMORY = "MemoryError|out of memory|allocate memory|enough memory"  # on a CPU in a RuntimeError
 
 @contextmanager
 def reading(name, what, hint=""):
@@ -1104,7 +1124,10 @@ def reading(name, what, hint=""):
     except Exception as error:  # each kind of broken file raises another; the message names it
         if isinstance(error, InputError) or re.search(NO_MEMORY, repr(error)):
             raise
-        why = str(error.__cause__ or error).partition(". ")[0]  # torch goes on with bad advice
+        cause = error.__cause__ or error
+        if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(f"{what}: {cause}") from error
+        why = str(cause).partition(". ")[0]  # torch goes on with bad advice
         problem = "cannot be read:" if here else "no such file or folder; on the Hub:"
         if offline:
             problem, why = "no such file or folder,", "and the Hugging Face Hub cannot be reached"
@@ -1193,7 +1216,9 @@ def locked(folder):
     except Timeout:
         way_out = "give this one other --checkpoints and --plots"
         raise InputError(f"{folder}: another run is writing there; {way_out}") from None
-    except OSError as error:  # a file system that locks nothing
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):  # of file systems that lock nothing
+            raise
         say(f"warning    {folder}: {error.strerror}; a second run there would not be noticed")
     try:
         yield

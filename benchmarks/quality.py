@@ -66,7 +66,7 @@ class PlainBlock(project.Block):
     """Post-LayerNorm, as in "Attention Is All You Need", and ReLU."""
 
     def forward(self, x, cache=None):
-        x = self.ln_1(x + self.attn(x, cache))
+        x = self.ln_1(x + self.drop(self.attn(x, cache)))
         return self.ln_2(x + self.drop(self.mlp.c_proj(F.relu(self.mlp.c_fc(x)))))
 
 
@@ -372,8 +372,6 @@ def share_repeated(ids):
 
 def work(name, seed, settings, device, precision, threads, options):
     torch.set_num_threads(threads)
-    if device == "cpu":
-        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # as the script does, for dropout
     figures, model = train(name, seed, settings, device, precision)
     if name in ("plain", "ours"):
         figures |= write_stories(model, options.length) | {"length": options.length}

@@ -56,11 +56,15 @@ def write(name):
     for number, part in enumerate((STORIES[:20], STORIES[20:])):
         write_parquet(Path(name, f"data/train-{number}-of-2.parquet"), part)
     write_parquet(Path(name, "data/test-0-of-1.parquet"), ["of the other split"])
+    for number, split in enumerate(("train", "validation")):
+        os.makedirs(f"{name} 3/default/{split}")
+        write_parquet(f"{name} 3/default/{split}/0000.parquet", (STORIES, ["of the other split"])[number])
     Path(f"{name}.txt").write_text(END.join(STORIES), encoding="utf-8")
     Path(f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in STORIES))
     write_parquet(f"{name}.parquet", STORIES)
-    return [name, *(f"{name}{end}" for end in (".txt", ".jsonl", ".parquet")),
-            os.rename("folder", f"{name} 1") or f"{name} 1", os.rename("dict", f"{name} 2") or f"{name} 2"]  # fmt: skip
+    os.rename("folder", f"{name} 1")
+    os.rename("dict", f"{name} 2")
+    return [name + end for end in ("", ".txt", ".jsonl", ".parquet", " 1", " 2", " 3")]
 
 
 @pytest.mark.parametrize("name", ["story[1]", "a*", "b?", "a::b", "{x,y}", "100%", "**", "~", "$HOME"])
@@ -244,6 +248,27 @@ def test_a_folder_that_cannot_be_flushed_is_no_failure(workspace, monkeypatch):
     monkeypatch.setattr(os, "fsync", without_folders)
     Path("s.txt").write_text(END.join(STORIES))
     train("s.txt")
+
+
+def test_a_full_disk_is_no_reason_for_other_stories(workspace, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(datasets, "load_dataset", full)
+    monkeypatch.setattr(project, "hub_answers", lambda: True)
+    with pytest.raises(OSError, match="No space left"):
+        project.load_stories("auto", Path("cache"))
+
+
+def test_a_lock_that_fails_otherwise_ends_the_run(workspace, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def failing(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(fcntl, "flock", failing)
+    with pytest.raises(OSError, match="Input/output error"):
+        project.main(["--data", "sample"])
 
 
 @pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.ENOLCK])

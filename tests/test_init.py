@@ -75,6 +75,7 @@ def test_a_tuned_checkpoint_loads_in_transformers(foreign, workspace, capsys):
     assert not any(info.values()), info
     assert_equal_logits(model, theirs)
     assert theirs.config.tie_word_embeddings and theirs.config.resid_pdrop == 0.1 and theirs.config.n_positions == 96
+    assert theirs.generation_config.eos_token_id == theirs.config.pad_token_id == model.tokenizer.eos_token_id
     assert "lm_head.weight" not in load_file("checkpoints/epoch_2/model.safetensors")
     first, second = record["epochs"]
     assert second["test_loss"] < first["test_loss"]
