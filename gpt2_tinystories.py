@@ -128,8 +128,8 @@ class Settings:
 
 # --- Data: stories, tokenizer, token ids, batches of similar length -----------------------------
 
-NEEDED = ("; it must be a save_to_disk folder, a .txt, .jsonl or .parquet file, a folder of such "
-          "as .parquet, or a Hub id, with strings in a column `text`; of splits, `train` is taken")
+NEEDED = ("; it must be a save_to_disk folder, a .txt, .jsonl or .parquet file, a folder of the "
+          "latter or a Hub id, with strings in a column `text`; of splits, `train` is taken")
 
 def load_stories(data, cache_dir):
     """A datasets.Dataset of one column, `text`, and the name of its source."""
