@@ -141,15 +141,16 @@ def load_stories(data, cache_dir):
         return Dataset.from_dict({"text": list(sample_stories(N_BUILT_IN))}), BUILT_IN
     path = Path(data)
     saved = path / "train" if (path / "train" / "state.json").exists() else path  # a DatasetDict
-    if path.exists() and not (saved / "state.json").exists():
+    is_saved = (saved / "state.json").exists()
+    if path.exists() and not is_saved:
         files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
         inside = ((file, file.relative_to(path).parts) for file in files)
         files = [file for file, parts in inside if "train" in [p[:5] for p in parts]] or files
         stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         file = Path(cache_dir, f"stories-{digest(repr(stats).encode())}.arrow")
         return arrow_file(file, {"text": "large_string"}, read_files(data, files)), path.name
-    with reading(data, f"--data {data}", NEEDED if path.exists() else ""):
-        if path.exists():
+    with reading(data, f"--data {data}", NEEDED if is_saved else ""):
+        if is_saved:
             parts = json.loads((saved / "state.json").read_text("utf-8"))["_data_files"]
             parts = [Dataset.from_file(str(saved / part["filename"])) for part in parts]
             stories = concatenate_datasets(parts)
@@ -158,7 +159,7 @@ def load_stories(data, cache_dir):
         stories = stories.select_columns("text")
         if "string" not in getattr(stories.features["text"], "dtype", ""):
             raise ValueError(f"`text` has {stories.features['text']}")
-    return stories, (path.name if path.exists() else data)
+    return stories, (path.name if is_saved else data)
 
 def default_stories(cache_dir):
     """./tinystories_local, downloaded if need be; "sample" where that is not possible."""
@@ -283,12 +284,11 @@ Tokens = namedtuple("Tokens", "ids lengths n_cut")
 
 def encode_stories(stories, tokenizer, n_positions, file):
     """The Tokens of stories, kept in a file: ids and <|endoftext|>, n_positions + 1 at most. Of a
-    very long story only the first characters are looked at, enough for so many of the longest
-    tokens: there, n_cut is an estimate."""
+    very long story only the first part is looked at: there, n_cut is an estimate."""
     import pyarrow
     end, n_ids = [tokenizer.eos_token_id], n_positions + 1
-    n_characters = max(10_000, n_ids * max(map(len, tokenizer.get_vocab())))
     def batches():
+        n_characters = max(10_000, n_ids * max(map(len, tokenizer.get_vocab())))
         for rows in tqdm(stories.iter(100), "tokenising", -(-len(stories) // 100)):
             texts = [clean(text) for text in rows["text"]]
             ids = encode(tokenizer, [text[:n_characters] for text in texts])
@@ -301,6 +301,25 @@ def encode_stories(stories, tokenizer, n_positions, file):
     table = arrow_file(file, {"ids": pyarrow.list_(id_type), "n_cut": "int64"}, batches()).data
     lengths = [np.diff(chunk.offsets) - 1 for chunk in table.column("ids").chunks]
     return Tokens(table.column("ids"), np.concatenate(lengths), int(np.sum(table.column("n_cut"))))
+
+def encode_split(train_stories, test_stories, tokenizer, data, settings):
+    """The Tokens of both parts, from their files where these are there. Completes the counts."""
+    data["tokenizer"] = digest(tokenizer.backend_tokenizer.to_str().encode())
+    n_positions, folder = settings.n_positions, Path(settings.checkpoints, "data")
+    key = f"{data['fingerprint']}-{data['tokenizer']}-{n_positions}.arrow"
+    train_set, test_set = (
+        encode_stories(part, tokenizer, n_positions, folder / f"{name}-{key}")
+        for name, part in (("train", train_stories), ("test", test_stories)))
+    n_train, n_test = len(train_set.lengths), len(test_set.lengths)
+    require(n_train and n_test, "tokenizer", settings.tokenizer, "knows nothing of the stories")
+    data["empty"] += data["train_stories"] + data["test_stories"] - n_train - n_test
+    data |= {"train_stories": n_train, "test_stories": n_test}
+    data["train_tokens"] = int(train_set.lengths.sum())
+    data["tokens_cut"] = n_cut = train_set.n_cut + test_set.n_cut
+    share = n_cut / (n_cut + data["train_tokens"] + test_set.lengths.sum())
+    if share > 1 / 3:
+        say(f"warning    --n-positions {n_positions} cuts off about {share:.0%} of the tokens")
+    return train_set, test_set
 
 def epoch_batches(lengths, batch_size, seed, epoch):
     """The batches of an epoch, arrays of story numbers: a pure function of its arguments. Stories
@@ -632,9 +651,6 @@ def train(model, train_set, test_set, settings, record, last, precision):
     optimizers = make_optimizers(model, settings, DTYPES[precision])
     metrics = torch.zeros(n_steps, 5, device=device)  # loss, right, norm, tokens, seconds of steps
     state = {"model": model, "scaler": scaler} | dict(enumerate(optimizers))  # of last.pt
-    before = (*saved_epochs(folder), folder / "last.pt")
-    for path in before if settings.overwrite and RANK == 0 else ():
-        remove(path)
     if last:
         restore(last, folder, state, metrics)
     test_batches = epoch_batches(test_set.lengths, settings.batch_size, settings.seed, 0)
@@ -999,12 +1015,7 @@ def main(argv=None):
         usual = "bpe:4096" if source == BUILT_IN else "gpt2"
         name = usual if settings.tokenizer == "auto" else settings.tokenizer
         tokenizer = model.tokenizer if model else load_tokenizer(name, train_stories)
-        data["tokenizer"] = digest(tokenizer.backend_tokenizer.to_str().encode())
-        file = f"{data['fingerprint']}-{data['tokenizer']}-{settings.n_positions}.arrow"
-        train_set, test_set = (
-            encode_stories(part, tokenizer, settings.n_positions, folder / f"data/{name}-{file}")
-            for name, part in (("train", train_stories), ("test", test_stories)))
-        count_tokens(data, train_set, test_set, settings)
+        parts = encode_split(train_stories, test_stories, tokenizer, data, settings)
         record = new_record(settings, data, before)
         refuse_changes(before["fixed"], record["fixed"], folder)  # the stories, too
         torch.manual_seed(settings.seed)
@@ -1017,21 +1028,12 @@ def main(argv=None):
             say(f"{folder} holds this run, and it is finished; {result(record)}")
             return
         if not settings.init:  # whose rows all differ
-            model.fold(tokens_in((train_set, test_set), model.config.vocab_size))
-        train(model.to(device), train_set, test_set, settings, record, last, precision)
+            model.fold(tokens_in(parts, model.config.vocab_size))
+        if settings.overwrite and RANK == 0:
+            for path in (*saved_epochs(folder), folder / "last.pt"):
+                remove(path)
+        train(model.to(device), *parts, settings, record, last, precision)
         say(result(record))
-
-def count_tokens(data, train_set, test_set, settings):
-    """Complete the counts of the data."""
-    n_train, n_test, n_left = len(train_set.lengths), len(test_set.lengths), settings.n_positions
-    require(n_train and n_test, "tokenizer", settings.tokenizer, "knows nothing of the stories")
-    data["empty"] += data["train_stories"] + data["test_stories"] - n_train - n_test
-    data |= {"train_stories": n_train, "test_stories": n_test}
-    data["train_tokens"] = int(train_set.lengths.sum())
-    data["tokens_cut"] = n_cut = train_set.n_cut + test_set.n_cut
-    share = n_cut / (n_cut + data["train_tokens"] + test_set.lengths.sum())
-    if share > 1 / 3:
-        say(f"warning    --n-positions {n_left} cuts off about {share:.0%} of the tokens")
 
 def load_base(settings):
     """The model of --init, all of whose weights will be trained."""
@@ -1043,8 +1045,7 @@ def load_base(settings):
     return model
 
 def ends(tokenizer):
-    names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    return dict.fromkeys(names, tokenizer.eos_token_id)
+    return dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_token_id)
 
 def dropout_rates(settings):
     return dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), settings.dropout)

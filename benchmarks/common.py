@@ -26,11 +26,6 @@ def prepare(settings):
     if name == "auto":
         name = "bpe:4096" if source == project.BUILT_IN else "gpt2"
     tokenizer = project.load_tokenizer(name, train_stories)
-    data |= {"source": source, "tokenizer": project.digest(tokenizer.backend_tokenizer.to_str().encode())}
-    cache = f"{data['fingerprint']}-{data['tokenizer']}-{settings.n_positions}.arrow"
-    train_set, test_set = (
-        project.encode_stories(part, tokenizer, settings.n_positions, folder / f"{label}-{cache}")
-        for label, part in (("train", train_stories), ("test", test_stories))
-    )
-    project.count_tokens(data, train_set, test_set, settings)
+    data["source"] = source
+    train_set, test_set = project.encode_split(train_stories, test_stories, tokenizer, data, settings)
     return train_set, test_set, tokenizer, data

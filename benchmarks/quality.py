@@ -265,7 +265,7 @@ def train(name, seed, base, device, precision):
     torch.manual_seed(seed)
     model = recipe.model(project.model_config(settings, tokenizer), tokenizer)
     if not recipe.plain:
-        model.fold(project.tokens_in((train_set, test_set), len(tokenizer)))
+        model.fold(project.tokens_in((train_set, test_set), model.config.vocab_size))
     recipe.change(model)
     model.to(device).train()
     test_batches = project.epoch_batches(test_set.lengths, settings.batch_size, base.seed, 0)
