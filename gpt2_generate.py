@@ -1,6 +1,6 @@
 """Write stories with a checkpoint of gpt2_tinystories.py.
 
-    python gpt2_generate.py                                 the PROMPTS below, with the newest epoch
+    python gpt2_generate.py                                 the PROMPTS below, with the best epoch
     python gpt2_generate.py --prompt "Tom had a kite" --method sample --num-samples 3
     python gpt2_generate.py --model gpt2 --stop "."         any GPT-2 of the Hub; up to a full stop
     python gpt2_generate.py --interactive                   type beginnings, read stories
@@ -11,6 +11,7 @@ from typing import Literal
 
 from gpt2_tinystories import (
     InputError,
+    best_epoch,
     check_rules,
     flag,
     generate_text,
@@ -19,7 +20,6 @@ from gpt2_tinystories import (
     pick_device,
     require,
     run,
-    saved_epochs,
 )
 
 # Edit these two, or use --prompt and --model.
@@ -28,13 +28,13 @@ PROMPTS = (
     "One day, a little girl named Lily found",
     "One sunny day, Tom and his dog",
 )
-MODEL = ""  # a checkpoint folder; empty: the newest epoch under checkpoints/
+MODEL = ""  # a checkpoint folder; empty: the epoch in checkpoints/ with the lowest test loss
 
 TEXTS = (PROMPTS,) if isinstance(PROMPTS, str) else tuple(PROMPTS or ())
 
 @dataclass(frozen=True)
 class Settings:
-    model: str = flag(str(MODEL or ""), "checkpoint folder or Hub id; empty: the newest epoch here")
+    model: str = flag(str(MODEL or ""), "checkpoint folder or Hub id; empty: the best epoch here")
     prompt: tuple = flag(TEXTS, r"beginning of a story; can be repeated; \n: new line; --prompt=-x")
     method: Literal["greedy", "sample"] = flag("greedy", "take the likeliest token, or draw one")
     max_length: int = flag(200, "most new tokens of a story")
@@ -82,11 +82,12 @@ def prompts_typed():
 
 def main(argv=None):
     settings = parse(Settings, __doc__, argv)
-    found = settings.model or next(reversed(saved_epochs("checkpoints")), None)
+    found = settings.model or best_epoch("checkpoints")
     if not found:
         raise InputError("no epoch in checkpoints/ yet: train first (python gpt2_tinystories.py)")
     model = load_checkpoint(found, pick_device(settings.device, "fp32")[0])
-    print(f"[{found}, {settings.method}]\n")
+    why = "" if settings.model else ", of all epochs there the one with the lowest test loss"
+    print(f"[{found}{why}; {settings.method}]\n")
     for prompt in prompts_typed() if settings.interactive else settings.prompt:
         try:
             write_stories(model, prompt, settings)
@@ -94,7 +95,6 @@ def main(argv=None):
             if not settings.interactive:
                 raise
             print(error)
-
 
 if __name__ == "__main__":
     run(main)

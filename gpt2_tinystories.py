@@ -920,6 +920,14 @@ def saved_epochs(folder):
     epochs = [path for path in Path(folder).glob("*") if re.fullmatch(r"epoch_\d+", path.name)]
     return sorted(epochs, key=lambda path: int(path.name[6:]))
 
+def best_epoch(folder):
+    """Of the epochs in a checkpoints folder the one with the lowest test loss; None without any."""
+    def test_loss(epoch):
+        with reading(epoch, epoch):
+            record = json.loads((epoch / "training.json").read_text("utf-8"))
+            return record["epochs"][-1]["test_loss"]
+    return min(saved_epochs(folder), key=test_loss, default=None)
+
 def restore(last, folder, state, metrics):
     metrics[: len(last["metrics"])] = last["metrics"]
     with reading(folder, folder / "last.pt", "; --overwrite starts over"):

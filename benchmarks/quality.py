@@ -9,7 +9,8 @@ tokenizer of 2048, 256 wide. `ours` is gpt2_tinystories.py as it is (without tor
 but for what their names say. `plain` is a naive loop as tutorials have it: post-LayerNorm and ReLU, PyTorch's own first
 weights, embeddings of N(0, 1) times sqrt(n_embd), AdamW with its default arguments at a constant --learning-rate, no
 clipping, batches in random order whose mean losses are averaged, <|endoftext|> masked like padding, and dropout 0.1,
-which is off from the second epoch on, as writing a sample has called model.eval().
+which is off from the second epoch on, as writing a sample has called model.eval(). `tuned-adamw` is what a careful
+person trains with AdamW: learned positions, β 0.9 and 0.95, one rate for all, warm-up, and a decay down to zero.
 
 Each run leaves a .json in --out and is not repeated while that is there; the table is made from all of them. Losses are
 nats a token over the held-out stories, every token counted once: "own" without <|endoftext|>, which a plain model never
@@ -131,6 +132,13 @@ def adamw_alone(factor=1):
     return make
 
 
+def adamw_at_one_rate(model, settings, dtype):
+    """AdamW as GPTs are usually trained with it."""
+    groups = [{"params": [w for w in model.parameters() if w.requires_grad and w.dim() == n], "weight_decay": decay}
+              for n, decay in ((2, settings.weight_decay), (1, 0.0))]
+    return [torch.optim.AdamW(groups, settings.learning_rate, betas=(0.9, 0.95), fused=True)]
+
+
 def other_groups(change):
     """gpt2_tinystories.py's optimizers; change is given their groups: embedding and head, vectors, and those of hidden
     matrices."""
@@ -205,6 +213,9 @@ RECIPES = {
     "plain": Recipe({"dropout": 0.1}, **PLAIN),
     "ours": Recipe(),
     **{f"plain, {rate:g}": Recipe({"learning_rate": rate, "dropout": 0.1}, **PLAIN) for rate in (1e-3, 3e-3)},
+    **{f"tuned-adamw, {rate:g}, {name}":
+       Recipe({"learning_rate": rate}, change=learned_positions, optimizers=adamw_at_one_rate, schedule=schedule)
+       for rate in (3e-4, 1e-3, 2e-3, 3e-3) for name, schedule in (("linear", project.schedule), ("cosine", cosine))},
     "AdamW alone": Recipe(optimizers=adamw_alone()),
     "AdamW alone, dropout 0.1": Recipe({"dropout": 0.1}, optimizers=adamw_alone()),
     "AdamW alone, embedding and head x 10": Recipe(optimizers=adamw_alone(10)),
@@ -257,8 +268,9 @@ def prepared(settings):
     return prepare(settings)
 
 
-def train(name, seed, base, device, precision):
-    """Train and score a recipe; the stories are split by base.seed, whatever the seed. Returns (figures, model)."""
+def train(name, seed, base, device, precision, n_points=20, n_scored=None):
+    """Train a recipe, with n_points scores on the way, and score it on n_scored batches of the test stories; they are
+    split by base.seed, whatever the seed. Returns (figures, model). Seconds are those of the training alone."""
     recipe = RECIPES[name]
     settings = replace(base, seed=seed, **recipe.settings)
     train_set, test_set, tokenizer, data = prepared(base)
@@ -275,7 +287,7 @@ def train(name, seed, base, device, precision):
     scaler = torch.amp.GradScaler(device, enabled=precision == "fp16")
     record = project.new_record(settings, data, {"step": 0, "epochs": []})
     n_steps, per_epoch = record["steps"], record["steps_per_epoch"]
-    curve, losses, average, started = [], [], [], time.monotonic()
+    curve, losses, average, seconds, started = [], [], [], 0.0, time.monotonic()
     for step, window in enumerate(islice(recipe.batches(train_set.lengths, settings), n_steps), 1):
         if recipe.plain and step == per_epoch + 1:
             model.eval()
@@ -293,15 +305,18 @@ def train(name, seed, base, device, precision):
             average = average or [weight.detach().clone() for weight in model.parameters()]
             with torch.no_grad():
                 torch._foreach_lerp_(average, list(model.parameters()), 1 - min(recipe.average, step / (step + 10)))
-        if step % max(1, n_steps // 20) == 0:  # on a part of the test stories
-            curve.append([step, statistics.fmean(losses), score(model, test_set, test_batches[:12])["own"]])
+        if step % max(1, n_steps // n_points) == 0:  # on a part of the test stories
+            seconds += time.monotonic() - started
+            own = score(model, test_set, test_batches[:12])["own"]
+            curve.append([step, statistics.fmean(losses), own, seconds])
             losses.clear()
-            print(f"{name}, {step} of {n_steps}: {curve[-1][2]:.3f}", flush=True)
+            print(f"{name}, {step} of {n_steps}: {own:.3f}", flush=True)
+            started = time.monotonic()
     for weight, mean in zip(model.parameters(), average, strict=False):
         weight.data.copy_(mean)
     figures = {"recipe": name, "seed": seed, "settings": fixed(base), "steps": n_steps,
-               "seconds": time.monotonic() - started, "curve": curve}
-    return figures | score(model, test_set, test_batches), model
+               "seconds": seconds + time.monotonic() - started, "curve": curve}
+    return figures | score(model, test_set, test_batches[:n_scored]), model
 
 
 def fixed(settings):
@@ -442,7 +457,7 @@ def draw_curves(path, plain, ours):
     axes = figure.subplots()
     for runs, color, label in ((plain, "C3", "the naive loop"), (ours, "C0", "gpt2_tinystories.py")):
         for run in runs:
-            steps, _, losses = zip(*run["curve"], strict=True)
+            steps, _, losses, _ = zip(*run["curve"], strict=True)
             axes.plot(steps, np.exp(losses), color=color, label=label, linewidth=1.5)
             label = None
     axes.set(yscale="log", xlabel="optimizer step", ylabel="perplexity of held-out stories, own tokens",

@@ -1,35 +1,61 @@
-"""Kill one run again and again, at random moments, and compare what it leaves with a run that nobody disturbed.
+"""Accidents: a run that is killed again and again, the same with two processes, and checkpoints that are damaged.
 
     python benchmarks/soak.py
+    python benchmarks/soak.py --kills 30 --torchrun-kills 5 --damages 100
 
-The script itself is killed with SIGKILL, somewhere between its start and --longest seconds later, and started again.
+The script is killed with SIGKILL somewhere between its start and --longest seconds later, and started again; before one
+start in four its tokens are removed, so that some kills meet the tokenising. Whenever the run has come to its end, what
+it leaves is compared with an undisturbed run, and another one begins. With torchrun all processes are killed at once.
+Then a file of a checkpoint, or last.pt, is damaged: a bit turned, a block of zeros, cut off, emptied, removed, or put
+there from another epoch. It has to be refused with one line, or to be read as it was.
 """
 
 import json
+import os
 import random
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
 from common import make_parser
 
 import gpt2_tinystories as project
+from sample_stories import sample_stories
 
-RUN = ("--data sample --tokenizer bpe:1024 --n-embd 128 --n-head 4 --n-inner 256 --epochs {} "
-       "--save-every 0.02")
+RUN = ("--data stories.txt --fraction 1 --tokenizer bpe:1024 --n-positions 128 --n-embd 128 --n-head 4 --n-inner 256 "
+       "--save-every 0.01 --device cpu --epochs")
+
+# --- Kills -----------------------------------------------------------------------------------------------------------
 
 
-def start(folder, arguments):
+def start(folder, epochs, n_processes):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n_processes)]
+    command = [sys.executable, *(torchrun if n_processes > 1 else []), project.__file__, *RUN.split(), str(epochs)]
     with open(folder / "output.txt", "w") as output:
-        return subprocess.Popen([sys.executable, project.__file__, *arguments.split()], cwd=folder, stdout=output,
-                                stderr=subprocess.STDOUT)
+        return subprocess.Popen(command, cwd=folder, stdout=output, stderr=subprocess.STDOUT)
 
 
-def finish(folder, arguments):
-    if start(folder, arguments).wait():
+def kill(process):
+    """Kill a process and all that it has started."""
+    everyone = [process.pid]
+    for pid in everyone:
+        for children in Path(f"/proc/{pid}/task").glob("*/children"):
+            everyone += [int(child) for child in children.read_text().split()]
+    for pid in everyone:
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
+    while any(Path(f"/proc/{pid}").exists() for pid in everyone):  # until the system has taken their locks away
+        time.sleep(0.01)
+
+
+def finish(process, folder):
+    if process.wait():
         sys.exit(f"the run failed:\n{(folder / 'output.txt').read_text()}")
 
 
@@ -39,43 +65,139 @@ def result(folder, epochs):
     record = json.loads((newest / "training.json").read_text())
     figures = [epoch | {"seconds": 0} for epoch in record["epochs"]]
     files = {str(path.relative_to(folder)) for path in folder.rglob("*")}
-    steps = torch.load(folder / "checkpoints" / "last.pt", weights_only=True)["metrics"][:, :4].tolist()
+    steps = torch.load(folder / "checkpoints" / "last.pt", weights_only=True)["metrics"][:, :4]
     return project.load_checkpoint(newest).state_dict(), (steps, figures), files
+
+
+def same(one, two):
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, two)
+    if isinstance(one, dict):
+        return one.keys() == two.keys() and all(same(one[key], two[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(two) and all(map(same, one, two))
+    return one == two
+
+
+def moment(folder):
+    """What a killed run was doing."""
+    output, last = (folder / "output.txt").read_text(), folder / "checkpoints" / "last.pt"
+    if list(folder.rglob("*.tmp")):
+        return "writing"
+    if "model  " not in output:
+        return "tokenising" if "tokenising" in output else "starting"
+    record = torch.load(last, weights_only=True)["record"] if last.exists() else None
+    return "evaluating" if record and record["step"] == project.end_of_epoch(record) else "training"
+
+
+def soak(folder, n_kills, n_processes, options, rng):
+    """Kill a run n_kills times. Returns the folder of the undisturbed one."""
+    folders = [folder / f"{name} {n_processes}" for name in ("unbroken", "killed")]
+    for each in folders:
+        each.mkdir()
+    unbroken, killed = folders
+    (unbroken / "stories.txt").write_text("<|endoftext|>".join(sample_stories(400)), encoding="utf-8")
+    shutil.copy2(unbroken / "stories.txt", killed)  # with its time, which is in the name of a file
+    started = time.perf_counter()
+    finish(start(unbroken, options.epochs, n_processes), unbroken)
+    print(f"{n_processes} x unbroken: {time.perf_counter() - started:.0f} s", flush=True)
+    expected, moments, n_done = result(unbroken, options.epochs), Counter(), 0
+    while moments.total() < n_kills or n_done == 0 or (killed / "checkpoints").exists():
+        if rng.random() < 0.25:
+            shutil.rmtree(killed / "checkpoints" / "data", ignore_errors=True)
+        process = start(killed, options.epochs, n_processes)
+        if moments.total() < n_kills:
+            try:
+                process.wait(rng.uniform(0, options.longest * n_processes))
+            except subprocess.TimeoutExpired:
+                kill(process)
+                moments[moment(killed)] += 1
+                print(f"{n_processes} x kill {moments.total()}: {moments.most_common()}", flush=True)
+                continue
+        finish(process, killed)
+        n_done += 1
+        if not same(expected, result(killed, options.epochs)):
+            sys.exit(f"{killed} has other weights, figures or files than {unbroken}")
+        for name in ("checkpoints", "plots"):
+            shutil.rmtree(killed / name)
+    print(f"{n_processes} x {n_kills} kills of {n_done} runs ({', '.join(f'{n} {m}' for m, n in moments.items())}): "
+          f"all {len(expected[0])} tensors, the figures of all steps and epochs and the names of all files equal")
+    return unbroken
+
+
+# --- Damages ---------------------------------------------------------------------------------------------------------
+
+
+def turn_a_bit(content, rng):
+    content = bytearray(content)
+    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    return bytes(content)
+
+
+def zero_a_block(content, rng):
+    first = rng.randrange(len(content))
+    return content[:first] + bytes(len(content[first : first + 512])) + content[first + 512 :]
+
+
+DAMAGES = {"a bit turned": turn_a_bit, "a block of zeros": zero_a_block, "emptied": lambda content, rng: b"",
+           "cut off": lambda content, rng: content[: rng.randrange(len(content))]}
+
+
+def damage(file, other, rng):
+    """Damage a file; other is the same one of another epoch. Returns what was done."""
+    kinds = [*DAMAGES, "removed", *(["swapped"] if other.exists() else [])]
+    kind, content = rng.choice(kinds), file.read_bytes()
+    if kind == "removed":
+        file.unlink()
+    else:
+        file.write_bytes(other.read_bytes() if kind == "swapped" else DAMAGES[kind](content, rng))
+    return kind
+
+
+def read(checkpoints, name):
+    if name == "last.pt":
+        return project.read_last(checkpoints)
+    model = project.load_checkpoint(checkpoints / name)
+    files = {path.name: path.read_bytes() for path in (checkpoints / name).glob("*.json")}
+    return [model.state_dict(), model.row, model.config.to_dict(), model.tokenizer.get_vocab(), files]
+
+
+def damage_again_and_again(checkpoints, n_damages, rng):
+    """Each of n_damages to a checkpoint, one after the other, has to be refused, or to make no difference."""
+    outcomes, n_epochs = Counter(), len(project.saved_epochs(checkpoints))
+    expected = {name: read(checkpoints, name) for name in (f"epoch_{n_epochs}", "last.pt")}
+    files = [checkpoints / "last.pt", *sorted((checkpoints / f"epoch_{n_epochs}").iterdir())]
+    for _ in range(n_damages):
+        file = rng.choice(files)
+        name = file.relative_to(checkpoints).parts[0]
+        content = file.read_bytes()
+        what = f"{file.name}: {damage(file, checkpoints / 'epoch_1' / file.name, rng)}"
+        try:
+            outcome = "equal" if same(read(checkpoints, name), expected[name]) else "DIFFERENT"
+        except project.InputError as error:
+            outcome = "refused" if str(error).strip() and str(error).count("\n") <= 1 else f"many lines:\n{error}"
+        file.write_bytes(content)
+        outcomes[outcome] += 1
+        if outcome not in ("refused", "equal"):
+            sys.exit(f"{what}: {outcome}")
+    print(f"{n_damages} damages: {dict(outcomes)}")
 
 
 def main():
     parser = make_parser(__doc__)
-    parser.add_argument("--kills", type=int, default=30, help="how many")
-    parser.add_argument("--longest", type=float, default=14.0, help="most seconds from a start to its kill")
-    parser.add_argument("--epochs", type=int, default=12, help="of the run")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--kills", type=int, default=200, help="of one process")
+    parser.add_argument("--torchrun-kills", type=int, default=20, help="of two processes")
+    parser.add_argument("--damages", type=int, default=1000, help="of checkpoints")
+    parser.add_argument("--longest", type=float, default=10.0, help="most seconds from a start to its kill, a process")
+    parser.add_argument("--epochs", type=int, default=6, help="of the run")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments and damages")
     options = parser.parse_args()
-    arguments, rng = RUN.format(options.epochs), random.Random(options.seed)
+    rng = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as folder:
-        folders = [Path(folder) / name for name in ("unbroken", "killed")]
-        for each in folders:
-            each.mkdir()
-        started = time.perf_counter()
-        finish(folders[0], arguments)
-        print(f"unbroken: {time.perf_counter() - started:.0f} s", flush=True)
-        for number in range(1, options.kills + 1):
-            process = start(folders[1], arguments)
-            time.sleep(rng.uniform(0, options.longest))
-            if process.poll() is not None:
-                sys.exit(f"ended by itself before kill {number}:\n{(folders[1] / 'output.txt').read_text()}")
-            process.kill()
-            process.wait()
-            last = folders[1] / "checkpoints" / "last.pt"
-            step = torch.load(last)["record"]["step"] if last.exists() else 0
-            print(f"kill {number}: saved up to step {step}", flush=True)
-        finish(folders[1], arguments)
-        unbroken, expected, expected_files = result(folders[0], options.epochs)
-        weights, figures, files = result(folders[1], options.epochs)
-    same = sum(weight.equal(unbroken[name]) for name, weight in weights.items())
-    print(f"\n{options.kills} kills; {same} of {len(unbroken)} tensors equal, figures of all epochs "
-          f"{'equal' if figures == expected else 'DIFFERENT'}, stray files: {sorted(files ^ expected_files) or 0}")
-    if same < len(unbroken) or figures != expected or files != expected_files:
-        sys.exit(1)
+        unbroken = soak(Path(folder), options.kills, 1, options, rng)
+        damage_again_and_again(unbroken / "checkpoints", options.damages, rng)
+        if options.torchrun_kills:
+            soak(Path(folder), options.torchrun_kills, 2, options, rng)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The benchmarks run, in small; what they measure is not judged here."""
 
+import argparse
 import math
 import subprocess
 import sys
@@ -57,6 +58,32 @@ def test_ours_in_the_benchmark_of_quality_is_what_the_script_does(arguments, qua
     _, record = read_run()
     assert figures["steps"] == record["steps"]
     assert figures["all"] == pytest.approx(record["epochs"][-1]["test_loss"], abs=1e-5)
+
+
+def test_time_to_quality(quality, workspace, texts, monkeypatch, capsys):
+    """A run of each contestant, and the arithmetic of what is said of them."""
+    import time_to_quality
+
+    (workspace / "stories.txt").write_text("<|endoftext|>".join(texts))
+    monkeypatch.setattr(time_to_quality, "in_a_process", lambda function, *arguments: function(*arguments))
+    arguments = f"--data stories.txt --tokenizer bpe:400 {SIZES} --device cpu --compile off --minutes 1e-4"
+    monkeypatch.setattr(sys, "argv", ["time_to_quality.py", *arguments.split()])
+    time_to_quality.main()
+    rows = [line.split("|")[2].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("| 0.0001")]
+    assert rows == ["naive", "ours", "ours", *["trainer"] * 4]
+    assert Path("quality_time", "curves.png").stat().st_size > 0
+
+    def run(name, minutes, perplexity, rate=0.0, seed=1):
+        return {"name": name, "budget": minutes, "rate": rate, "seed": seed, "seconds": 60 * minutes, "steps": 9,
+                "own": math.log(perplexity)}
+
+    runs = [run("ours", 2, 12, seed=1), run("ours", 2, 3, seed=2), run("ours", 4, 5), run("trainer", 10, 7, 1e-3),
+            run("trainer", 10, 6, 2e-3), run("trainer", 10, 6, 2e-3, seed=2), run("naive", 10, 9), run("naive", 2, 4)]
+    time_to_quality.report(runs, options=argparse.Namespace(device="cpu", precision="fp32"))
+    assert capsys.readouterr().out.splitlines()[-5:] == [
+        "trainer has 6.00 after 10.0 minutes, ours 6.00 after 2.0: 5.0 times sooner", "",
+        "naive has 9.00 after 10.0 minutes, ours 6.00 after 2.0: 5.0 times sooner", "",
+        "naive has 4.00 after 2 minutes, ours nowhere"]
 
 
 def test_every_recipe_differs_from_ours(quality, workspace):

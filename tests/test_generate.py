@@ -1,5 +1,6 @@
 """Generating text: against transformers' generate and samplers, and the command line of gpt2_generate.py."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -29,7 +30,7 @@ PROMPT = "Once upon a time, in a small village"
 @pytest.fixture
 def checkpoint(model, workspace):
     folder = workspace / "checkpoints" / "epoch_1"
-    project.save_checkpoint(folder, model, {}, "")
+    project.save_checkpoint(folder, model, {"epochs": [{"test_loss": 1.0}]}, "")
     return folder
 
 
@@ -310,6 +311,25 @@ def test_the_newest_epoch_is_found_by_number(workspace, tokenizer):
     assert [path.name for path in project.saved_epochs("checkpoints")] == ["epoch_9", "epoch_10"]
 
 
+@pytest.mark.parametrize("losses", [(1.5, 2.5), (2.5, 1.5), (1.5, 1.5)])
+def test_without_a_model_the_epoch_with_the_lowest_test_loss_is_taken(losses, finished, workspace, capsys, refused):
+    shutil.copytree(finished / "checkpoints", "checkpoints")
+    for epoch, loss in enumerate(losses, 1):
+        file = workspace / "checkpoints" / f"epoch_{epoch}" / "training.json"
+        record = json.loads(file.read_text())
+        record["epochs"][-1]["test_loss"] = loss
+        file.write_text(json.dumps(record))
+        file.with_name("SHA256SUMS").unlink()
+    gpt2_generate.main(["--max-length", "3"])
+    best = 1 if losses[0] <= losses[1] else 2
+    says = "of all epochs there the one with the lowest test loss; greedy]"
+    assert capsys.readouterr().out.startswith(f"[{Path('checkpoints', f'epoch_{best}')}, {says}\n")
+    gpt2_generate.main(["--max-length", "3", "--model", "checkpoints/epoch_2"])
+    assert capsys.readouterr().out.startswith("[checkpoints/epoch_2; greedy]\n")
+    file.write_text("{}")
+    assert "epoch_2" in refused(gpt2_generate.main, "--max-length 3")
+
+
 def test_interactive_reads_prompts_and_survives_a_bad_one(checkpoint, model, capsys, monkeypatch):
     typed = iter(["Tom had", "word " * 100, "Lily saw", ""])
     monkeypatch.setattr("builtins.input", lambda _: next(typed))
@@ -360,8 +380,6 @@ def test_bad_arguments_are_refused_in_one_line(arguments, checkpoint, refused):
 
 
 def test_a_checkpoint_that_cannot_be_used_is_refused_in_one_line(checkpoint, workspace, tokenizer, refused, stories):
-    import json
-
     from safetensors.torch import load_file, save_file
 
     def spoil(name, change):

@@ -1,0 +1,206 @@
+"""What a model is worth after so many minutes of training: by this project, transformers' Trainer and a naive loop.
+
+    python benchmarks/time_to_quality.py
+    python benchmarks/time_to_quality.py --minutes 10 40 --seeds 1 2 3 --data stories
+
+Other flags are those of gpt2_tinystories.py. All three train a model of the same sizes on the same stories with the
+same tokenizer, 8 x 2 stories a step, in the same --precision.
+
+ours     gpt2_tinystories.py as it is
+trainer  GPT2LMHeadModel and Trainer as a careful person sets them up: torch.compile, stories of similar length in a
+         batch, padding masked and <|endoftext|> learned, no dropout, the fused AdamW with β 0.9 and 0.95, warm-up and
+         linear decay to zero, and for each number of minutes the best of three peak rates, tried with the first seed
+naive    `plain` of quality.py, with the first seed
+
+How long a step takes is measured first, and each run takes as many steps as fit into its minutes: its learning rate has
+come down when they are over. What is counted is the training alone, without the preparation of the stories, without
+scores, and of trainer without the first five steps, in which it compiles. Each run is a process of its own, and nothing
+else should run beside. It leaves a .json in --out, and is not repeated while that is there.
+
+The perplexity is that of the own tokens of held-out stories, without <|endoftext|>, which `naive` never learns.
+"""
+
+import json
+import math
+import multiprocessing
+import statistics
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import quality
+import torch
+from common import make_parser
+
+import gpt2_tinystories as project
+
+RATES = 5e-4, 1e-3, 2e-3  # of trainer
+N_MEASURED, N_COMPILING = 30, 5  # steps
+N_POINTS, N_SCORED = 6, 50  # of a curve; batches of held-out stories at its end
+
+
+def train_with_trainer(rate, seed, settings, device, precision):
+    """What quality.train returns, less the model."""
+    import transformers
+    from datasets import Dataset
+
+    train_set, test_set, tokenizer, _ = quality.prepared(settings)
+    batches = project.epoch_batches(test_set.lengths, settings.batch_size, settings.seed, 0)
+    config = project.model_config(settings, tokenizer)
+    transformers.set_seed(seed)
+    model = transformers.GPT2LMHeadModel(config)
+
+    def score(n_batches):
+        same = project.GPT(config, tokenizer)
+        same.load_state_dict(project.transposed(model.state_dict()))
+        return quality.score(same.to(device), test_set, batches[:n_batches])
+
+    class Clock(transformers.TrainerCallback):
+        def __init__(self):
+            self.seconds, self.started, self.curve = 0.0, 0.0, []
+
+        def on_step_end(self, arguments, state, control, **rest):
+            step = state.global_step
+            if step > N_COMPILING:
+                self.seconds += time.monotonic() - self.started
+            if step % max(1, settings.max_steps // N_POINTS) == 0:
+                own = score(12)["own"]
+                self.curve.append([step, math.nan, own, self.seconds])
+                print(f"trainer, {step} of {settings.max_steps}: {own:.3f}", flush=True)
+            self.started = time.monotonic()
+
+    ids = [each.as_py()[: settings.n_positions] for each in train_set.ids]
+    stories = Dataset.from_dict({"input_ids": ids, "labels": ids, "length": [len(each) for each in ids]})
+    arguments = transformers.TrainingArguments(
+        str(Path(settings.checkpoints, "trainer")), max_steps=settings.max_steps, learning_rate=rate,
+        warmup_steps=min(settings.warmup_steps, settings.max_steps // 10), lr_scheduler_type="linear",
+        adam_beta2=0.95, weight_decay=settings.weight_decay, max_grad_norm=settings.grad_clip,
+        optim="adamw_torch_fused", per_device_train_batch_size=settings.batch_size, dataloader_drop_last=True,
+        gradient_accumulation_steps=settings.accum_steps, train_sampling_strategy="group_by_length",
+        bf16=precision == "bf16", fp16=precision == "fp16", use_cpu=device == "cpu", seed=seed,
+        torch_compile=settings.compile != "off",
+        save_strategy="no", report_to="none", disable_tqdm=True)
+    tokenizer.pad_token = tokenizer.eos_token
+    collate = transformers.DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=project.IGNORE)
+    clock = Clock()
+    transformers.Trainer(model, arguments, train_dataset=stories, data_collator=collate, callbacks=[clock]).train()
+    n_counted = settings.max_steps - N_COMPILING
+    return {"steps": settings.max_steps, "seconds": clock.seconds * settings.max_steps / n_counted,
+            "curve": clock.curve} | score(N_SCORED)
+
+
+def train(name, rate, seed, n_steps, options):
+    """The figures of a run, in this process."""
+    arguments = [*options.rest, "--max-steps", str(n_steps), "--checkpoints", str(options.out)]
+    settings = project.parse(project.Settings, "", arguments)
+    if name == "trainer":
+        return train_with_trainer(rate, seed, settings, options.device, options.precision)
+    recipe = "plain" if name == "naive" else name
+    return quality.train(recipe, seed, settings, options.device, options.precision, N_POINTS, N_SCORED)[0]
+
+
+def in_a_process(function, *arguments):
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def result(options, name, minutes, seed, rate=0.0, n_steps=N_MEASURED):
+    """The figures of a run, which are kept in a file: minutes 0 are the run that measures the time of a step."""
+    label = f"{name} {rate:g}, {minutes:g} min, seed {seed}" if rate else f"{name}, {minutes:g} min, seed {seed}"
+    file = options.out / f"{label}.json"
+    if not file.exists():
+        print(f"{label}: {n_steps} steps", flush=True)
+        figures = in_a_process(train, name, rate, seed, n_steps, options)
+        figures |= {"name": name, "rate": rate, "budget": minutes, "seed": seed}
+        file.with_suffix(".tmp").write_text(json.dumps(figures, indent=1), encoding="utf-8")
+        file.with_suffix(".tmp").replace(file)
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def main():
+    parser = make_parser(__doc__)
+    parser.add_argument("--minutes", nargs="+", type=float, default=[3.0, 15.0], help="of training")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2], help="of ours and trainer")
+    parser.add_argument("--out", type=Path, default=Path("quality_time"), help="folder of the results")
+    options, rest = parser.parse_known_args()
+    options.rest = ["--fraction", "1", "--epochs", "1000", *rest]
+    settings = project.parse(project.Settings, "", [*options.rest, "--checkpoints", str(options.out)])
+    options.device, options.precision = project.pick_device(settings.device, settings.precision)
+    quality.prepare(settings)
+    first, *others = options.seeds
+    names = {"ours": [0.0], "trainer": RATES, "naive": [0.0]}
+    step_seconds = {}
+    for name, rates in names.items():
+        measured = result(options, name, 0.0, first, rates[0])
+        step_seconds[name] = measured["seconds"] / measured["steps"]
+    runs = []
+    for minutes in options.minutes:
+        for name, rates in names.items():
+            n_steps = max(N_COMPILING + 1, round(60 * minutes / step_seconds[name]))
+            tried = [result(options, name, minutes, first, rate, n_steps) for rate in rates]
+            best = min(tried, key=lambda run: run["own"])["rate"]
+            seeds = () if name == "naive" else others
+            runs += tried + [result(options, name, minutes, seed, best, n_steps) for seed in seeds]
+    report(runs, options)
+    draw(options.out / "curves.png", best_runs(runs))
+
+
+def best_runs(runs):
+    """The runs of each contestant and budget, with trainer's best rate."""
+    groups = {}
+    for run in runs:
+        groups.setdefault((run["name"], run["budget"], run["rate"]), []).append(run)
+    best = {}
+    for (name, budget, _), group in groups.items():
+        if (name, budget) not in best or group[0]["own"] < best[name, budget][0]["own"]:
+            best[name, budget] = group
+    return best
+
+
+def report(runs, options):
+    print(f"\n{options.device}, {torch.get_num_threads()} threads, {options.precision}, torch {torch.__version__}\n\n"
+          "| minutes | | peak rate | seed | steps | perplexity | took, minutes |\n|---|---|---|---|---|---|---|")
+    for run in sorted(runs, key=lambda run: (run["budget"], run["name"], run["rate"], run["seed"])):
+        print(f"| {run['budget']:g} | {run['name']} | {run['rate'] or ''} | {run['seed']} | {run['steps']} | "
+              f"{math.exp(run['own']):.2f} | {run['seconds'] / 60:.2f} |")
+    mean = {key: statistics.fmean(run["own"] for run in group) for key, group in best_runs(runs).items()}
+    took = {key: statistics.fmean(run["seconds"] for run in group) for key, group in best_runs(runs).items()}
+    for (name, budget), own in mean.items():
+        if name == "ours":
+            continue
+        enough = [key for key in mean if key[0] == "ours" and mean[key] <= own]
+        if enough:
+            quickest = min(enough, key=took.get)
+            print(f"\n{name} has {math.exp(own):.2f} after {took[name, budget] / 60:.1f} minutes, ours "
+                  f"{math.exp(mean[quickest]):.2f} after {took[quickest] / 60:.1f}: "
+                  f"{took[name, budget] / took[quickest]:.1f} times sooner")
+        else:
+            print(f"\n{name} has {math.exp(own):.2f} after {budget:g} minutes, ours nowhere")
+
+
+def draw(path, best):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    styles = {"naive": ("C3", "a naive loop"), "trainer": ("C1", "transformers: GPT2LMHeadModel and Trainer, tuned"),
+              "ours": ("C0", "gpt2_tinystories.py")}
+    for name, (color, label) in styles.items():
+        for run in (run for (contestant, _), group in best.items() if contestant == name for run in group):
+            points = [(seconds / 60, math.exp(own)) for step, _, own, seconds in run["curve"] if step < run["steps"]]
+            end = run["seconds"] / 60, math.exp(run["own"])
+            axes.plot(*zip(*points, end, strict=True), color=color, linewidth=1, alpha=0.6)
+            axes.plot(*end, "o", color=color, label=label)
+            label = None
+    axes.set(xscale="log", yscale="log", xlabel="minutes of training", ylabel="perplexity of held-out stories",
+             title="The same stories, tokenizer and size of model; each point is the end of a run")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:.0f}")
+        axis.set_minor_formatter("{x:.0f}")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    project.run(main)
