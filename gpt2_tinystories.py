@@ -170,9 +170,8 @@ def default_stories(cache_dir):
             with whole_or_absent(LOCAL_STORIES) as folder:
                 stories.save_to_disk(folder)
         except InputError as error:
-            line = "=" * 99
-            say(f"{line}\nTHE BUILT-IN STORIES are used: no ./{LOCAL_STORIES} here and no download:"
-                f"\n{error}\nOnce that folder is there, start over with --overwrite.\n{line}")
+            say(f"{'=' * 99}\nTHE BUILT-IN STORIES are used: no ./{LOCAL_STORIES} here and no "
+                f"download:\n{error}\nOnce it is there, start over with --overwrite.\n{'=' * 99}")
     return str(LOCAL_STORIES) if LOCAL_STORIES.exists() else "sample"
 
 def read_files(data, files):
@@ -190,7 +189,7 @@ def read_text(path):
     """Yield the stories of a text file, separated by <|endoftext|>."""
     rest = ""
     with open(path, encoding="utf-8") as file:
-        while part := file.read(1 << 20):
+        while part := file.read(max(1 << 20, len(rest))):  # so that a long story takes linear time
             *stories, rest = (rest + part).split(END_OF_STORY)
             yield from stories
     yield from [rest] if rest.strip() else []
@@ -664,7 +663,7 @@ def train(model, train_set, test_set, settings, record, last, precision):
     say(f"model      {record['parameters'] / 1e6:.1f} M parameters, on {WORLD_SIZE} x {device} in "
         f"{precision}; {n_steps:,} steps")
     bar = tqdm(total=n_steps, initial=record["step"], disable=RANK > 0, leave=False,
-               dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 60)
+               dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 60, miniters=1)
     signals, saved = [], time.monotonic()
     then = saved  # when the step before ended
     with bar, on_signals(signals.append):
@@ -691,6 +690,7 @@ def train(model, train_set, test_set, settings, record, last, precision):
             then, due = now, now - saved > 60 * settings.save_every
             stop, due = total(torch.tensor([len(signals), due])).tolist()
             due = due or stop or step + 1 == end_of_epoch(record)
+            bar.update()
             if due or step % 10 == 0:
                 check_and_show(metrics[: step + 1], record, bar)
             if due:
@@ -745,8 +745,6 @@ def make_learner(model, batch, settings, autocast, scaler):
         try:
             learner = torch.compile(model, dynamic=True)
             backward(learner, [batch], 1, autocast, scaler)
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:  # compilers fail in many ways, and the training can do without
             say(f"compile    off: {type(error).__name__}: {' '.join(str(error).split()):.80}")
             learner = model
@@ -761,7 +759,7 @@ def end_of_epoch(record):
     return min((len(record["epochs"]) + 1) * record["steps_per_epoch"], record["steps"])
 
 def check_and_show(metrics, record, bar):
-    """Move the bar to the last of the steps. Raises InputError where one is not finite."""
+    """Show the figures of the last steps. Raises InputError where one is not finite."""
     if len(bad := (~metrics.isfinite().all(1)).nonzero()):
         if RANK:
             sys.exit(2)  # process 0 says the same
@@ -770,7 +768,6 @@ def check_and_show(metrics, record, bar):
                          f"stops; {saved}. Try smaller learning rates, or --precision fp32")
     loss, _, _, n_tokens, seconds = metrics[-100:].sum(0).tolist()
     bar.set_postfix_str(f"loss {loss / n_tokens:.3f}, {n_tokens / seconds:,.0f} tokens/s", False)
-    bar.update(len(metrics) - bar.n)
 
 def finish_epoch(model, test_loader, settings, record, metrics):
     """Evaluate, add the epoch to the record, and write its plots and its checkpoint."""
@@ -913,7 +910,7 @@ def read_last(folder):
         last = torch.load(path, map_location="cpu", weights_only=True)
         if not last["record"].get("fixed"):
             raise ValueError("it is of another program, or of another version of this one")
-    return last
+        return last
 
 def saved_epochs(folder):
     """The folders of the epochs in a checkpoints folder, in their order."""
@@ -923,9 +920,8 @@ def saved_epochs(folder):
 def best_epoch(folder):
     """Of the epochs in a checkpoints folder the one with the lowest test loss; None without any."""
     def test_loss(epoch):
-        with reading(epoch, epoch):
-            record = json.loads((epoch / "training.json").read_text("utf-8"))
-            return record["epochs"][-1]["test_loss"]
+        with reading(epoch, epoch, "; --model takes another"):
+            return json.loads((epoch / "training.json").read_bytes())["epochs"][-1]["test_loss"]
     return min(saved_epochs(folder), key=test_loss, default=None)
 
 def restore(last, folder, state, metrics):
@@ -1016,8 +1012,8 @@ def main(argv=None):
         before = last["record"] if last else {"data": {}, "fixed": {}, "epochs": [], "step": 0}
         refuse_changes(before["fixed"], fixed(settings), folder)
         model = load_base(settings) if settings.init else None
-        known = settings.data == "auto" and before["data"].get("source") == BUILT_IN
-        stories, source = load_stories("sample" if known else settings.data, folder / "data")
+        goes_on = settings.data == "auto" and before["data"].get("source") == BUILT_IN
+        stories, source = load_stories("sample" if goes_on else settings.data, folder / "data")
         train_stories, test_stories, data = split_stories(stories, settings)
         data["source"] = source
         usual = "bpe:4096" if source == BUILT_IN else "gpt2"
@@ -1099,11 +1095,11 @@ def refuse_changes(before, now, folder):
 
 def result(record):
     """What to say at the end of a run."""
-    settings, final = record["settings"], record["epochs"][-1]["test_perplexity"]
+    final = record["epochs"][-1]["test_perplexity"]
     best = min(record["epochs"], key=lambda epoch: epoch["test_loss"])
-    n, perplexity, plots = best["epoch"], best["test_perplexity"], settings["plots"]
-    return (f"test perplexity {final:.2f}, lowest in epoch {n}, {perplexity:.2f}; see {plots}\n"
-            f"next: python gpt2_generate.py --model {settings['checkpoints']}/epoch_{n}")
+    return ("test perplexity {0:.2f}, lowest in epoch {epoch}, {test_perplexity:.2f}; see {plots}\n"
+            "next: python gpt2_generate.py --model {checkpoints}/epoch_{epoch}"
+            .format(final, **best, **record["settings"]))
 
 # --- Small print: command line, errors, signals, lock, devices, processes, network ---------------
 
@@ -1146,9 +1142,8 @@ def hub_answers():
     """Whether the Hugging Face Hub can be reached, found out within 10 s. If not, its libraries are
     told to look into their caches alone, instead of trying again for minutes."""
     from huggingface_hub import constants, get_session
-    ask, timeout = get_session().head, {"timeout": 8}
     try:  # in a thread, as the look-up of a host's name has no time limit of its own
-        ThreadPool(1).apply_async(ask, [constants.ENDPOINT], timeout).get(10)
+        ThreadPool(1).apply_async(get_session().head, [constants.ENDPOINT], {"timeout": 8}).get(10)
     except Exception:  # of its HTTP library, which has been another one before: there is no answer
         constants.HF_HUB_OFFLINE = True
     return not constants.HF_HUB_OFFLINE

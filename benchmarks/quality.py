@@ -263,9 +263,7 @@ RECIPES = {
 # --- One run ---------------------------------------------------------------------------------------------------------
 
 
-@cache
-def prepared(settings):
-    return prepare(settings)
+prepared = cache(prepare)
 
 
 def train(name, seed, base, device, precision, n_points=20, n_scored=None):
@@ -307,7 +305,7 @@ def train(name, seed, base, device, precision, n_points=20, n_scored=None):
                 torch._foreach_lerp_(average, list(model.parameters()), 1 - min(recipe.average, step / (step + 10)))
         if step % max(1, n_steps // n_points) == 0:  # on a part of the test stories
             seconds += time.monotonic() - started
-            own = score(model, test_set, test_batches[:12])["own"]
+            own = score(model, test_set, test_batches[: n_scored or 12])["own"]
             curve.append([step, statistics.fmean(losses), own, seconds])
             losses.clear()
             print(f"{name}, {step} of {n_steps}: {own:.3f}", flush=True)
@@ -457,7 +455,7 @@ def draw_curves(path, plain, ours):
     axes = figure.subplots()
     for runs, color, label in ((plain, "C3", "the naive loop"), (ours, "C0", "gpt2_tinystories.py")):
         for run in runs:
-            steps, _, losses, _ = zip(*run["curve"], strict=True)
+            steps, _, losses, *_ = zip(*run["curve"], strict=True)
             axes.plot(steps, np.exp(losses), color=color, label=label, linewidth=1.5)
             label = None
     axes.set(yscale="log", xlabel="optimizer step", ylabel="perplexity of held-out stories, own tokens",

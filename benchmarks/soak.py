@@ -10,7 +10,6 @@ Then a file of a checkpoint, or last.pt, is damaged: a bit turned, a block of ze
 there from another epoch. It has to be refused with one line, or to be read as it was.
 """
 
-import json
 import os
 import random
 import shutil
@@ -20,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -42,16 +42,18 @@ def start(folder, epochs, n_processes):
 
 
 def kill(process):
-    """Kill a process and all that it has started."""
+    """Kill a process and all that it has started, which are stopped first, so that none starts another meanwhile."""
     everyone = [process.pid]
     for pid in everyone:
-        for children in Path(f"/proc/{pid}/task").glob("*/children"):
-            everyone += [int(child) for child in children.read_text().split()]
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+            os.kill(pid, signal.SIGSTOP)
+            for children in Path(f"/proc/{pid}/task").glob("*/children"):
+                everyone += [int(child) for child in children.read_text().split()]
     for pid in everyone:
-        os.kill(pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     process.wait()
-    while any(Path(f"/proc/{pid}").exists() for pid in everyone):  # until the system has taken their locks away
-        time.sleep(0.01)
+    time.sleep(0.2 * (len(everyone) > 1))  # until the system has taken the locks of the others away
 
 
 def finish(process, folder):
@@ -59,14 +61,15 @@ def finish(process, folder):
         sys.exit(f"the run failed:\n{(folder / 'output.txt').read_text()}")
 
 
-def result(folder, epochs):
-    """(weights, figures of steps and epochs without their seconds, names of all files)"""
-    newest = folder / "checkpoints" / f"epoch_{epochs}"
-    record = json.loads((newest / "training.json").read_text())
-    figures = [epoch | {"seconds": 0} for epoch in record["epochs"]]
-    files = {str(path.relative_to(folder)) for path in folder.rglob("*")}
-    steps = torch.load(folder / "checkpoints" / "last.pt", weights_only=True)["metrics"][:, :4]
-    return project.load_checkpoint(newest).state_dict(), (steps, figures), files
+def result(folder):
+    """(checksums of all epochs' files but those with seconds in them, last.pt without seconds, names of all files)"""
+    last = torch.load(folder / "checkpoints" / "last.pt", weights_only=True)
+    last["metrics"] = last["metrics"][:, :4]
+    last["record"]["epochs"] = [epoch | {"seconds": 0} for epoch in last["record"]["epochs"]]
+    epochs = project.saved_epochs(folder / "checkpoints")
+    sums = [line for epoch in epochs for line in project.checksums(epoch)
+            if not line.endswith(("training.json\n", "SHA256SUMS\n"))]
+    return sums, last, {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
 def same(one, two):
@@ -79,13 +82,16 @@ def same(one, two):
     return one == two
 
 
-def moment(folder):
-    """What a killed run was doing."""
+def moment(folder, started):
+    """What a run that began at the time started was doing when it was killed."""
     output, last = (folder / "output.txt").read_text(), folder / "checkpoints" / "last.pt"
-    if list(folder.rglob("*.tmp")):
-        return "writing"
+    being_written = [path for path in folder.rglob("*.tmp") if path.stat().st_mtime > started]
+    if any(path.parent.name == "data" for path in being_written):
+        return "preparing the stories"
+    if being_written:
+        return "saving"
     if "model  " not in output:
-        return "tokenising" if "tokenising" in output else "starting"
+        return "starting"
     record = torch.load(last, weights_only=True)["record"] if last.exists() else None
     return "evaluating" if record and record["step"] == project.end_of_epoch(record) else "training"
 
@@ -101,27 +107,34 @@ def soak(folder, n_kills, n_processes, options, rng):
     started = time.perf_counter()
     finish(start(unbroken, options.epochs, n_processes), unbroken)
     print(f"{n_processes} x unbroken: {time.perf_counter() - started:.0f} s", flush=True)
-    expected, moments, n_done = result(unbroken, options.epochs), Counter(), 0
+    expected, moments, n_done, n_continued = result(unbroken), Counter(), 0, 0
     while moments.total() < n_kills or n_done == 0 or (killed / "checkpoints").exists():
         if rng.random() < 0.25:
             shutil.rmtree(killed / "checkpoints" / "data", ignore_errors=True)
+        started, is_saved = time.time(), (killed / "checkpoints" / "last.pt").exists()
         process = start(killed, options.epochs, n_processes)
-        if moments.total() < n_kills:
-            try:
-                process.wait(rng.uniform(0, options.longest * n_processes))
-            except subprocess.TimeoutExpired:
-                kill(process)
-                moments[moment(killed)] += 1
-                print(f"{n_processes} x kill {moments.total()}: {moments.most_common()}", flush=True)
-                continue
+        try:
+            process.wait(rng.uniform(0, options.longest * n_processes) if moments.total() < n_kills else None)
+        except subprocess.TimeoutExpired:
+            kill(process)
+            moments[moment(killed, started)] += 1
+            print(f"{n_processes} x kill {moments.total()}: {moments.most_common()}", flush=True)
+        output = (killed / "output.txt").read_text()
+        if "model  " in output and is_saved != ("continuing the interrupted run" in output):
+            sys.exit(f"the run in {killed} has not gone on from its last.pt:\n{output}")
+        n_continued += is_saved and "model  " in output
+        if process.returncode == -signal.SIGKILL:
+            continue
         finish(process, killed)
         n_done += 1
-        if not same(expected, result(killed, options.epochs)):
+        if not same(expected, result(killed)):
             sys.exit(f"{killed} has other weights, figures or files than {unbroken}")
         for name in ("checkpoints", "plots"):
             shutil.rmtree(killed / name)
-    print(f"{n_processes} x {n_kills} kills of {n_done} runs ({', '.join(f'{n} {m}' for m, n in moments.items())}): "
-          f"all {len(expected[0])} tensors, the figures of all steps and epochs and the names of all files equal")
+    print(f"{n_processes} x {n_kills} kills of {n_done} runs ({', '.join(f'{n} {m}' for m, n in moments.items())}), "
+          f"{n_continued} starts went on from a save: all files of all epochs equal, and no others there", flush=True)
+    if "training" not in moments:
+        sys.exit("none of the kills met the training: take a larger --longest")
     return unbroken
 
 
@@ -175,7 +188,7 @@ def damage_again_and_again(checkpoints, n_damages, rng):
         try:
             outcome = "equal" if same(read(checkpoints, name), expected[name]) else "DIFFERENT"
         except project.InputError as error:
-            outcome = "refused" if str(error).strip() and str(error).count("\n") <= 1 else f"many lines:\n{error}"
+            outcome = "refused" if str(error).strip() else "refused without a word"
         file.write_bytes(content)
         outcomes[outcome] += 1
         if outcome not in ("refused", "equal"):
@@ -193,11 +206,12 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="of the moments and damages")
     options = parser.parse_args()
     rng = random.Random(options.seed)
-    with tempfile.TemporaryDirectory() as folder:
-        unbroken = soak(Path(folder), options.kills, 1, options, rng)
-        damage_again_and_again(unbroken / "checkpoints", options.damages, rng)
-        if options.torchrun_kills:
-            soak(Path(folder), options.torchrun_kills, 2, options, rng)
+    folder = Path(tempfile.mkdtemp(prefix="soak-"))  # which stays there if something goes wrong
+    unbroken = soak(folder, options.kills, 1, options, rng)
+    damage_again_and_again(unbroken / "checkpoints", options.damages, rng)
+    if options.torchrun_kills:
+        soak(folder, options.torchrun_kills, 2, options, rng)
+    shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

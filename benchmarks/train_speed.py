@@ -152,7 +152,7 @@ def hf_default(options, stopwatch, batches_of_ours=False, **arguments):
             if not batches_of_ours:
                 return super()._get_train_sampler(*rest)
             batches = project.epoch_batches(train_set.lengths, options.batch_size, settings.seed, 1)
-            return [story for batch in batches for story in batch.tolist()]
+            return [story for batch in batches if len(batch) == options.batch_size for story in batch.tolist()]
 
     settings = project.parse(project.Settings, "", settings_of(options))
     train_set, _, tokenizer, _ = prepare(settings)

@@ -305,7 +305,7 @@ def test_a_batch_of_stories_is_that_of_single_ones(checkpoint, model, capsys):
     assert project.generate_text(model, "A b", 15, "sample", **options) in shown
 
 
-def test_the_newest_epoch_is_found_by_number(workspace, tokenizer):
+def test_epochs_are_in_the_order_of_their_numbers(workspace, tokenizer):
     for name in ("epoch_9", "epoch_10", "epoch_11.tmp", "last"):
         (workspace / "checkpoints" / name).mkdir(parents=True)
     assert [path.name for path in project.saved_epochs("checkpoints")] == ["epoch_9", "epoch_10"]
