@@ -39,7 +39,7 @@ import gpt2_tinystories as project
 
 RATES = 5e-4, 1e-3, 2e-3  # of trainer
 N_MEASURED = 30  # steps
-N_POINTS, N_SCORED = 6, 25  # of a curve; batches of held-out stories
+N_POINTS, N_SCORED = 4, 25  # of a curve; batches of held-out stories
 
 
 class Stories(torch.utils.data.Dataset):
@@ -149,7 +149,7 @@ def result(options, name, minutes, seed, rate=0.0, n_steps=N_MEASURED):
 
 def main():
     parser = make_parser(__doc__)
-    parser.add_argument("--minutes", nargs="+", type=float, default=[3.0, 15.0], help="of training")
+    parser.add_argument("--minutes", nargs="+", type=float, default=[2.5, 12.5], help="of training")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2], help="of ours and trainer")
     parser.add_argument("--out", type=Path, default=Path("quality_time"), help="folder of the results")
     options, rest = parser.parse_known_args()
