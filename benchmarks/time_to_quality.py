@@ -13,10 +13,10 @@ trainer  GPT2LMHeadModel and Trainer as a careful person sets them up: torch.com
          three peak rates, chosen on the stories that it is then scored on. It multiplies all rows of the vocabulary.
 naive    `plain` of quality.py, with the first seed
 
-How long a step takes is measured first, and each run takes as many steps as fit into its minutes: its learning rate has
-come down when they are over. What is counted is the training alone, without the preparation of the stories, without
-scores, and without the steps in which trainer compiles. Each run is a process of its own, and nothing else should run
-beside. It leaves a .json in --out, and is not repeated while that is there.
+How long a step takes is measured first, and each run takes as many steps as should fit into its minutes: its learning
+rate has come down when they are over. What they really took is in the table: the training alone, without the
+preparation of the stories, without scores, and without the steps in which trainer compiles. Each run is a process of
+its own, and nothing else should run beside. It leaves a .json in --out, and is not repeated while that is there.
 
 The perplexity is that of the own tokens of 200 held-out stories, without <|endoftext|>, which `naive` never learns.
 """
@@ -173,7 +173,10 @@ def main():
             if name == "trainer" and best in (min(rates), max(rates)):
                 print(f"the best rate, {best:g}, is at the edge of those tried: another may be better", flush=True)
             seeds = () if name == "naive" else others
-            runs += tried + [result(options, name, minutes, seed, best, n_steps) for seed in seeds]
+            tried += [result(options, name, minutes, seed, best, n_steps) for seed in seeds]
+            # The first measurement is a short one, and may have been disturbed.
+            step_seconds[name] = min(step_seconds[name], *(run["seconds"] / run["steps"] for run in tried))
+            runs += tried
     report(runs, options)
     draw(options.out / "curves.png", best_runs(runs))
 
@@ -213,6 +216,7 @@ def report(runs, options):
 
 def draw(path, best):
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -228,8 +232,9 @@ def draw(path, best):
     axes.set(xscale="log", yscale="log", xlabel="minutes of training", ylabel="perplexity of held-out stories",
              title="The same stories, tokenizer and size of model; each point is the end of a run")
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter("{x:.0f}")
-        axis.set_minor_formatter("{x:.0f}")
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     figure.savefig(path, dpi=120)
