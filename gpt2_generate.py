@@ -28,13 +28,13 @@ PROMPTS = (
     "One day, a little girl named Lily found",
     "One sunny day, Tom and his dog",
 )
-MODEL = ""  # a checkpoint folder; empty: the epoch in checkpoints/ with the lowest test loss
+MODEL = "checkpoints"  # a run, of which the best epoch is taken, or one epoch, or a Hub id
 
 TEXTS = (PROMPTS,) if isinstance(PROMPTS, str) else tuple(PROMPTS or ())
 
 @dataclass(frozen=True)
 class Settings:
-    model: str = flag(str(MODEL or ""), "checkpoint folder or Hub id; empty: the best epoch here")
+    model: str = flag(str(MODEL or "checkpoints"), "folder of a run or of an epoch, or Hub id")
     prompt: tuple = flag(TEXTS, r"beginning of a story; can be repeated; \n: new line; --prompt=-x")
     method: Literal["greedy", "sample"] = flag("greedy", "take the likeliest token, or draw one")
     max_length: int = flag(200, "most new tokens of a story")
@@ -82,12 +82,12 @@ def prompts_typed():
 
 def main(argv=None):
     settings = parse(Settings, __doc__, argv)
-    found = settings.model or best_epoch("checkpoints")
-    if not found:
+    found = best_epoch(settings.model)
+    if found == "checkpoints":
         raise InputError("no epoch in checkpoints/ yet: train first (python gpt2_tinystories.py)")
     model = load_checkpoint(found, pick_device(settings.device, "fp32")[0])
-    why = "" if settings.model else ", of all epochs there the one with the lowest test loss"
-    print(f"[{found}{why}; {settings.method}]\n")
+    why = ", of all epochs there the one with the lowest test loss"
+    print(f"[{found}{'' if found == settings.model else why}; {settings.method}]\n")
     for prompt in prompts_typed() if settings.interactive else settings.prompt:
         try:
             write_stories(model, prompt, settings)

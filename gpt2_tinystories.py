@@ -5,10 +5,10 @@
 # ///
 """Train a small GPT-2 on TinyStories: one file, made to be read from top to bottom.
 
-    python gpt2_tinystories.py                                     train, with the defaults
-    python gpt2_tinystories.py --data my.txt                       on stories of your own
-    python gpt2_tinystories.py --init gpt2 --learning-rate 1e-4    go on from another GPT-2
-    torchrun --nproc-per-node 8 gpt2_tinystories.py                on 8 GPUs
+    python gpt2_tinystories.py                                                     the defaults
+    python gpt2_tinystories.py --data my.txt --fraction 1 --tokenizer bpe:4096     your stories
+    python gpt2_tinystories.py --init gpt2 --learning-rate 1e-4                    from a GPT-2
+    torchrun --nproc-per-node 8 gpt2_tinystories.py                                8 GPUs
 
 The stories are those in ./tinystories_local, else TinyStories, downloaded, else built-in ones. Each
 epoch leaves checkpoints/epoch_N, a Hugging Face GPT-2 folder with a sample story, and plots/. The
@@ -68,7 +68,7 @@ def require(condition, name, value, rule):
 RULES = {
     "x >= 1": "n_embd n_layer n_head n_inner epochs batch_size accum_steps max_length num_samples",
     "x >= 2": "n_positions",
-    "x % n_head == x % 2 == 0": "n_embd",
+    "x % n_head == 0 and x % 2 == 0": "n_embd",
     "0 <= x < inf": "warmup_steps weight_decay max_steps save_every top_k",
     "0 < x < inf": "learning_rate muon_learning_rate grad_clip temperature repetition_penalty",
     "0 < x < 1": "test_fraction",
@@ -82,8 +82,9 @@ def check_rules(settings):
     """Raise InputError for the first of settings, a dict, that breaks its rule."""
     for rule, names in RULES.items():
         for name in settings.keys() & names.split():
-            holds = eval(rule, {"inf": math.inf, "x": settings[name]} | settings)
-            require(holds, name, settings[name], f"the rule is {rule}")
+            rule_of_it = re.sub(r"\bx\b", name, rule)
+            holds = eval(rule_of_it, {"inf": math.inf} | settings)
+            require(holds, name, settings[name], f"the rule is {rule_of_it}")
 
 def flag(default, help):
     return field(default=default, metadata={"help": help})
@@ -128,8 +129,8 @@ class Settings:
 
 # --- Data: stories, tokenizer, token ids, batches of similar length -----------------------------
 
-NEEDED = ("; it must be a save_to_disk folder, a .txt, .jsonl or .parquet file, a folder of the "
-          "latter or a Hub id, with strings in a column `text`; of splits, `train` is taken")
+NEEDED = ("; it must be a save_to_disk folder, a .txt or .jsonl file in UTF-8, .parquet files or a "
+          "Hub id, with strings in a column `text`; of splits, `train` is taken")
 
 def load_stories(data, cache_dir):
     """A datasets.Dataset of one column, `text`, and the name of its source."""
@@ -171,7 +172,7 @@ def default_stories(cache_dir):
                 stories.save_to_disk(folder)
         except InputError as error:
             say(f"{'=' * 99}\nTHE BUILT-IN STORIES are used: no ./{LOCAL_STORIES} here and no "
-                f"download:\n{error}\nOnce it is there, start over with --overwrite.\n{'=' * 99}")
+                f"download:\n{error}\nOnce the folder is there, use --overwrite.\n{'=' * 99}")
     return str(LOCAL_STORIES) if LOCAL_STORIES.exists() else "sample"
 
 def read_files(data, files):
@@ -179,8 +180,8 @@ def read_files(data, files):
     import pyarrow
     readers = {".txt": read_text, ".jsonl": read_lines, ".parquet": read_table}
     with reading(data, f"--data {data}", NEEDED):
-        if not files:
-            raise ValueError("no stories are there")
+        if not files or files[0].suffix not in readers:
+            raise ValueError("no stories of a known format are there")
         texts = (text for file in files for text in readers[file.suffix](file))
         while batch := list(islice(texts, 100)):
             yield {"text": pyarrow.array(batch, pyarrow.large_string())}
@@ -238,8 +239,9 @@ def split_stories(stories, settings):
     _, first = np.unique(hashes, return_index=True)  # the first story of each text
     kept = rng.permutation(np.sort(first[hashes[first] != 0]))  # without the empty ones
     n_test = max(1, round(settings.test_fraction * len(kept)))
+    advice = "--fraction 1 takes all; " if settings.fraction < 1 else ""
     rule = (f"{len(stories)} stories, of which --fraction {settings.fraction} leaves {len(kept)}: "
-            f"too few (--fraction 1 takes all; a .txt needs {END_OF_STORY} between)")
+            f"too few ({advice}a .txt needs {END_OF_STORY} between)")
     require(n_test < len(kept), "data", settings.data, rule)
     test, train = np.sort(kept[:n_test]), np.sort(kept[n_test:])
     n_empty = int((hashes == 0).sum())
@@ -657,9 +659,10 @@ def train(model, train_set, test_set, settings, record, last, precision):
     learner = make_learner(model, next(iter(test_loader)), settings, autocast, scaler)
     steps = step_batches(train_set.lengths, settings, record["step"])
     say("stories    {train_stories:,} to train, {test_stories:,} to test, of {stories:,} from "
-        "{source}; dropped {empty:,} empty ones, {duplicates:,} duplicates, marks at the ends of "
-        "{marks:,}\ntokens     {train_tokens:,} to train; of all, about {tokens_cut:,} were cut off"
-        .format(**record["data"]))
+        "{source} (--fraction {0}); dropped {empty:,} empty ones, {duplicates:,} duplicates, marks "
+        "at the ends of {marks:,}\ntokens     {train_tokens:,} to train; of all, about "
+        "{tokens_cut:,} were cut off (--n-positions {1})"
+        .format(settings.fraction, settings.n_positions, **record["data"]))
     say(f"model      {record['parameters'] / 1e6:.1f} M parameters, on {WORLD_SIZE} x {device} in "
         f"{precision}; {n_steps:,} steps")
     bar = tqdm(total=n_steps, initial=record["step"], disable=RANK > 0, leave=False,
@@ -838,6 +841,7 @@ def checksums(folder):
         with open(path, "rb") as file:
             yield f"{file_digest(file, 'sha256').hexdigest()}  {path.name}\n"
 
+NEEDED_MODEL = "; it must be a folder such as checkpoints/epoch_1, or a GPT-2's name on the Hub"
 # What a config.json may say of how a GPT-2 computes, and what it is to say here.
 GPT2_MATH = {"model_type": "gpt2", "activation_function": "gelu_new", "scale_attn_weights": True,
              "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
@@ -848,7 +852,7 @@ def load_checkpoint(name, device="cpu", fold=True, **changes):
     from transformers import GPT2Config, GPT2LMHeadModel, logging
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    with reading(name, name):
+    with reading(name, name, "" if Path(name, "config.json").exists() else NEEDED_MODEL):
         if (sums := Path(name, "SHA256SUMS")).is_file():  # others' folders have none
             lines = sums.read_text("utf-8", "replace").splitlines(keepends=True)
             if changed := set(lines) - set(checksums(Path(name))):
@@ -918,11 +922,11 @@ def saved_epochs(folder):
     return sorted(epochs, key=lambda path: int(path.name[6:]))
 
 def best_epoch(folder):
-    """Of the epochs in a checkpoints folder the one with the lowest test loss; None without any."""
+    """Of the epochs in a run's folder that of the lowest test loss; of another folder, itself."""
     def test_loss(epoch):
         with reading(epoch, epoch, "; --model takes another"):
             return json.loads((epoch / "training.json").read_bytes())["epochs"][-1]["test_loss"]
-    return min(saved_epochs(folder), key=test_loss, default=None)
+    return min(saved_epochs(folder), key=test_loss, default=folder)
 
 def restore(last, folder, state, metrics):
     metrics[: len(last["metrics"])] = last["metrics"]
@@ -1033,6 +1037,8 @@ def main(argv=None):
             return
         if not settings.init:  # whose rows all differ
             model.fold(tokens_in(parts, model.config.vocab_size))
+        if not (record["step"] or settings.overwrite) and any(plots.glob("training_metrics.*")):
+            say(f"warning    replaces the plots of another run in {plots}; other --plots keep them")
         if settings.overwrite and RANK == 0:
             for path in (*saved_epochs(folder), folder / "last.pt"):
                 remove(path)
@@ -1041,7 +1047,7 @@ def main(argv=None):
 
 def load_base(settings):
     """The model of --init, all of whose weights will be trained."""
-    model = load_checkpoint(settings.init, fold=False, **dropout_rates(settings))
+    model = load_checkpoint(best_epoch(settings.init), fold=False, **dropout_rates(settings))
     n, most = settings.n_positions, model.config.n_positions
     require(n <= most, "n_positions", n, f"the checkpoint of --init {settings.init} has {most}")
     model.transformer.wpe.weight.requires_grad_()
@@ -1091,7 +1097,8 @@ def refuse_changes(before, now, folder):
                if before.get(name) != value]
     if before and changes:
         raise InputError(f"{folder} holds another run ({', '.join(changes)}): --overwrite starts "
-                         "over, other --checkpoints and --plots keep it")
+                         "over; other --checkpoints and --plots keep it, and with these "
+                         f"--init {folder} trains its model further")
 
 def result(record):
     """What to say at the end of a run."""
@@ -1132,11 +1139,12 @@ def reading(name, what, hint=""):
         cause = error.__cause__ or error
         if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             raise OSError(f"{what}: {cause}") from error
-        why = str(cause).partition(". ")[0]  # torch goes on with bad advice
+        why = f"there is no {cause}" if isinstance(cause, KeyError) else str(cause)
+        why = why.partition(". ")[0]  # torch goes on with bad advice
         problem = "cannot be read:" if here else "no such file or folder; on the Hub:"
         if offline:
             problem, why = "no such file or folder,", "and the Hugging Face Hub cannot be reached"
-        raise InputError(f"{what}: {problem} {why}{hint}") from error
+        raise InputError(f"{what}: {problem} {why}{hint}") from None
 
 def hub_answers():
     """Whether the Hugging Face Hub can be reached, found out within 10 s. If not, its libraries are
@@ -1280,4 +1288,4 @@ def share(batches):
     return (batches + [batches[0][:0]] * missing)[RANK::WORLD_SIZE]
 
 if __name__ == "__main__":
-    run(main, "; the same command, without --overwrite, continues from the last save, if any")
+    run(main, "; the same command, without --overwrite, goes on from what is saved")

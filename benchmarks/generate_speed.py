@@ -34,7 +34,7 @@ def tokens_per_second(write, head, n_rows, device):
 
 def main():
     parser = make_parser(__doc__)
-    parser.add_argument("--model", default="", help="checkpoint folder; empty: the best epoch in checkpoints/")
+    parser.add_argument("--model", default="checkpoints", help="folder of a run or of an epoch, or Hub id")
     parser.add_argument("--max-length", type=int, default=200, help="tokens to write")
     parser.add_argument("--rounds", type=int, default=7, help="times that each of them writes")
     parser.add_argument("--device", default="auto", help="cpu or cuda")
@@ -44,9 +44,7 @@ def main():
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     n, (device, _) = options.max_length, project.pick_device(options.device, "fp32")
-    folder = options.model or project.best_epoch("checkpoints")
-    if not folder:
-        raise project.InputError("no epoch in checkpoints/ yet: train first, or give --model")
+    folder = project.best_epoch(options.model)
     model = project.load_checkpoint(folder, device)
     tokenizer = model.tokenizer
     reference = GPT2LMHeadModel.from_pretrained(folder).to(device).eval()

@@ -385,7 +385,7 @@ def share_repeated(ids):
 
 def work(name, seed, settings, device, precision, threads, options):
     torch.set_num_threads(threads)
-    figures, model = train(name, seed, settings, device, precision)
+    figures, model = train(name, seed, settings, device, precision, options.points)
     if name in ("plain", "ours"):
         figures |= write_stories(model, options.length) | {"length": options.length}
     file = options.out / f"{name}, seed {seed}.json"
@@ -401,6 +401,7 @@ def main():
     parser.add_argument("--only", nargs="+", choices=RECIPES, default=list(RECIPES), metavar="RECIPE", help="recipes")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1], help="of weights and batches, not of the split")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--points", type=int, default=20, help="scores on the way")
     parser.add_argument("--length", type=int, default=300, help="tokens of a story that plain and ours write")
     parser.add_argument("--out", type=Path, default=Path("quality"), help="folder of the results")
     options, rest = parser.parse_known_args()

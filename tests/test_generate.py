@@ -326,6 +326,8 @@ def test_without_a_model_the_epoch_with_the_lowest_test_loss_is_taken(losses, fi
     assert capsys.readouterr().out.startswith(f"[{Path('checkpoints', f'epoch_{best}')}, {says}\n")
     gpt2_generate.main(["--max-length", "3", "--model", "checkpoints/epoch_2"])
     assert capsys.readouterr().out.startswith("[checkpoints/epoch_2; greedy]\n")
+    gpt2_generate.main(["--max-length", "3", "--model", str(workspace / "checkpoints")])  # any run's folder
+    assert capsys.readouterr().out.startswith(f"[{workspace / 'checkpoints' / f'epoch_{best}'}, {says}\n")
     file.write_text("{}")
     assert "epoch_2" in refused(gpt2_generate.main, "--max-length 3")
 
@@ -350,7 +352,7 @@ def test_prompts_and_model_can_be_edited_in_any_form(prompts, expected, tmp_path
     code = "import edited_generate as g; s = g.parse(g.Settings, '', []); print(s.prompt, repr(s.model))"
     environment = {"PYTHONPATH": f"{tmp_path}:{Path(gpt2_generate.__file__).parent}", "PATH": ""}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.stdout == f"{expected} ''\n", done.stderr
+    assert done.stdout == f"{expected} 'checkpoints'\n", done.stderr
 
 
 @pytest.mark.parametrize("prompts", [(), ("One", ""), (1,), None])
@@ -362,6 +364,15 @@ def test_prompts_that_are_no_texts_are_refused(prompts):
 def test_without_a_checkpoint_it_says_what_to_do(workspace, refused):
     assert "train first" in refused(gpt2_generate.main, "")
     assert "nowhere" in refused(gpt2_generate.main, "--model nowhere")
+    (workspace / "checkpoints").mkdir()
+    assert "train first" in refused(gpt2_generate.main, "")
+
+
+def test_what_is_no_checkpoint_is_told_what_one_is(finished, workspace, refused):
+    (workspace / "empty").mkdir()
+    for name in ("empty", str(finished / "checkpoints/last.pt")):
+        line = refused(gpt2_generate.main, ["--model", name])
+        assert name in line and "must be a folder such as checkpoints/epoch_1" in line
 
 
 @pytest.mark.parametrize(

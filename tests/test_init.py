@@ -112,6 +112,18 @@ def test_the_first_loss_is_that_of_the_checkpoint(finished, workspace, monkeypat
     assert losses[0] == pytest.approx(sum(e[0] for e in expected) / sum(e[1] for e in expected), rel=1e-5)
 
 
+def test_a_run_is_tuned_further_from_its_best_epoch(finished, workspace, monkeypatch):
+    load_checkpoint, loaded = project.load_checkpoint, []
+
+    def noted(name, **options):
+        loaded.append(name)
+        return load_checkpoint(name, **options)
+
+    monkeypatch.setattr(project, "load_checkpoint", noted)
+    project.main(f"{RUN} --max-steps 1 --init {finished / 'checkpoints'}".split())
+    assert loaded == [project.best_epoch(finished / "checkpoints")]
+
+
 def test_a_tuning_that_was_interrupted_continues(foreign, workspace, monkeypatch):
     (workspace / "unbroken").mkdir()
     for folder in (workspace / "unbroken", workspace):

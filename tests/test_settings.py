@@ -87,7 +87,7 @@ def test_the_script_itself_ends_with_code_2_and_one_line(tmp_path):
     command = [sys.executable, ROOT / "gpt2_tinystories.py", "--n-head", "5"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == "gpt2_tinystories.py: --n-embd 768: the rule is x % n_head == x % 2 == 0\n"
+    assert done.stderr == "gpt2_tinystories.py: --n-embd 768: the rule is n_embd % n_head == 0 and n_embd % 2 == 0\n"
 
 
 def test_importing_is_light_and_trains_nothing(tmp_path):

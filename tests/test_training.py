@@ -504,6 +504,14 @@ def test_a_run_that_learned_its_stories_by_heart_names_its_best_epoch(workspace,
     assert shown.endswith("next: python gpt2_generate.py --model checkpoints/epoch_1\n")
 
 
+def test_a_run_that_will_replace_the_plots_of_another_one_says_so(workspace, capsys):
+    train("--max-steps 1")
+    train("--max-steps 1 --overwrite")
+    assert "another run" not in capsys.readouterr().out
+    train("--max-steps 1 --checkpoints others")
+    assert "warning    replaces the plots of another run in plots" in capsys.readouterr().out
+
+
 def test_out_of_memory_is_one_line_with_a_way_out(capsys):
     def main():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate …\nmany lines")
