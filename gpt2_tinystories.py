@@ -82,9 +82,8 @@ def check_rules(settings):
     """Raise InputError for the first of settings, a dict, that breaks its rule."""
     for rule, names in RULES.items():
         for name in settings.keys() & names.split():
-            rule_of_it = re.sub(r"\bx\b", name, rule)
-            holds = eval(rule_of_it, {"inf": math.inf} | settings)
-            require(holds, name, settings[name], f"the rule is {rule_of_it}")
+            own = re.sub(r"\bx\b", name, rule)
+            require(eval(own, vars(math) | settings), name, settings[name], f"the rule is {own}")
 
 def flag(default, help):
     return field(default=default, metadata={"help": help})
@@ -181,7 +180,7 @@ def read_files(data, files):
     readers = {".txt": read_text, ".jsonl": read_lines, ".parquet": read_table}
     with reading(data, f"--data {data}", NEEDED):
         if not files or files[0].suffix not in readers:
-            raise ValueError("no stories of a known format are there")
+            raise ValueError("no stories are there in a known format or split")
         texts = (text for file in files for text in readers[file.suffix](file))
         while batch := list(islice(texts, 100)):
             yield {"text": pyarrow.array(batch, pyarrow.large_string())}
@@ -659,10 +658,10 @@ def train(model, train_set, test_set, settings, record, last, precision):
     learner = make_learner(model, next(iter(test_loader)), settings, autocast, scaler)
     steps = step_batches(train_set.lengths, settings, record["step"])
     say("stories    {train_stories:,} to train, {test_stories:,} to test, of {stories:,} from "
-        "{source} (--fraction {0}); dropped {empty:,} empty ones, {duplicates:,} duplicates, marks "
-        "at the ends of {marks:,}\ntokens     {train_tokens:,} to train; of all, about "
-        "{tokens_cut:,} were cut off (--n-positions {1})"
-        .format(settings.fraction, settings.n_positions, **record["data"]))
+        "{source} (--fraction {fraction}); dropped {empty:,} empty ones, {duplicates:,} duplicates,"
+        " marks at the ends of {marks:,}\ntokens     {train_tokens:,} to train; of all, about "
+        "{tokens_cut:,} were cut off (--n-positions {n_positions})"
+        .format(**record["settings"] | record["data"]))
     say(f"model      {record['parameters'] / 1e6:.1f} M parameters, on {WORLD_SIZE} x {device} in "
         f"{precision}; {n_steps:,} steps")
     bar = tqdm(total=n_steps, initial=record["step"], disable=RANK > 0, leave=False,
@@ -841,10 +840,10 @@ def checksums(folder):
         with open(path, "rb") as file:
             yield f"{file_digest(file, 'sha256').hexdigest()}  {path.name}\n"
 
-NEEDED_MODEL = "; it must be a folder such as checkpoints/epoch_1, or a GPT-2's name on the Hub"
 # What a config.json may say of how a GPT-2 computes, and what it is to say here.
 GPT2_MATH = {"model_type": "gpt2", "activation_function": "gelu_new", "scale_attn_weights": True,
              "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
+NEEDED_MODEL = "; it must be an epoch's folder, a run's with an epoch, or a GPT-2's name on the Hub"
 
 def load_checkpoint(name, device="cpu", fold=True, **changes):
     """The model of a GPT-2 folder or Hub id, with its tokenizer, in eval mode. fold: keep equal
@@ -924,9 +923,10 @@ def saved_epochs(folder):
 def best_epoch(folder):
     """Of the epochs in a run's folder that of the lowest test loss; of another folder, itself."""
     def test_loss(epoch):
-        with reading(epoch, epoch, "; --model takes another"):
+        with reading(epoch, epoch, "; another epoch can be named instead of the run"):
             return json.loads((epoch / "training.json").read_bytes())["epochs"][-1]["test_loss"]
-    return min(saved_epochs(folder), key=test_loss, default=folder)
+    epochs = [] if Path(folder, "config.json").exists() else saved_epochs(folder)
+    return min(epochs, key=test_loss, default=folder)
 
 def restore(last, folder, state, metrics):
     metrics[: len(last["metrics"])] = last["metrics"]
@@ -1035,9 +1035,9 @@ def main(argv=None):
         if record["epochs"] and record["epochs"][-1]["step"] == record["steps"]:
             say(f"{folder} holds this run, and it is finished; {result(record)}")
             return
-        if not settings.init:  # whose rows all differ
+        if not settings.init:  # where tokens of no story may have rows of their own
             model.fold(tokens_in(parts, model.config.vocab_size))
-        if not (record["step"] or settings.overwrite) and any(plots.glob("training_metrics.*")):
+        if not (record["step"] or saved_epochs(folder)) and any(plots.glob("training_metrics.*")):
             say(f"warning    replaces the plots of another run in {plots}; other --plots keep them")
         if settings.overwrite and RANK == 0:
             for path in (*saved_epochs(folder), folder / "last.pt"):
@@ -1047,7 +1047,11 @@ def main(argv=None):
 
 def load_base(settings):
     """The model of --init, all of whose weights will be trained."""
-    model = load_checkpoint(best_epoch(settings.init), fold=False, **dropout_rates(settings))
+    name, epochs = best_epoch(settings.init), saved_epochs(Path(settings.checkpoints).resolve())
+    rule = "would be overwritten there; take other --checkpoints and --plots"
+    require(Path(name).resolve() not in epochs, "init", settings.init, rule)
+    say(f"init       {name}")
+    model = load_checkpoint(name, fold=False, **dropout_rates(settings))
     n, most = settings.n_positions, model.config.n_positions
     require(n <= most, "n_positions", n, f"the checkpoint of --init {settings.init} has {most}")
     model.transformer.wpe.weight.requires_grad_()
@@ -1097,8 +1101,7 @@ def refuse_changes(before, now, folder):
                if before.get(name) != value]
     if before and changes:
         raise InputError(f"{folder} holds another run ({', '.join(changes)}): --overwrite starts "
-                         "over; other --checkpoints and --plots keep it, and with these "
-                         f"--init {folder} trains its model further")
+                         "over, other --checkpoints and --plots keep it")
 
 def result(record):
     """What to say at the end of a run."""
@@ -1139,12 +1142,12 @@ def reading(name, what, hint=""):
         cause = error.__cause__ or error
         if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             raise OSError(f"{what}: {cause}") from error
-        why = f"there is no {cause}" if isinstance(cause, KeyError) else str(cause)
+        why = f"something is missing: {cause}" if isinstance(cause, KeyError) else str(cause)
         why = why.partition(". ")[0]  # torch goes on with bad advice
         problem = "cannot be read:" if here else "no such file or folder; on the Hub:"
         if offline:
             problem, why = "no such file or folder,", "and the Hugging Face Hub cannot be reached"
-        raise InputError(f"{what}: {problem} {why}{hint}") from None
+        raise InputError(f"{what}: {problem} {why}{hint}") from error
 
 def hub_answers():
     """Whether the Hugging Face Hub can be reached, found out within 10 s. If not, its libraries are
@@ -1288,4 +1291,4 @@ def share(batches):
     return (batches + [batches[0][:0]] * missing)[RANK::WORLD_SIZE]
 
 if __name__ == "__main__":
-    run(main, "; the same command, without --overwrite, goes on from what is saved")
+    run(main, "; the same command, without --overwrite, goes on from the last save")

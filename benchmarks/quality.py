@@ -407,7 +407,8 @@ def main():
     options, rest = parser.parse_known_args()
     settings = project.parse(project.Settings, "", [*SMALL, "--checkpoints", str(options.out), *rest])
     device, precision = project.pick_device(settings.device, settings.precision)
-    project.require(options.jobs >= 1, "jobs", options.jobs, "must be at least 1")
+    for name in ("jobs", "points"):
+        project.require(getattr(options, name) >= 1, name, getattr(options, name), "must be at least 1")
     for result in read_results(options.out):
         if result["settings"] != fixed(settings):
             raise project.InputError(f"{options.out} holds results of other settings; take another --out")

@@ -84,15 +84,15 @@ def test_a_changed_text_file_is_read_again(workspace):
         ("missing.txt", None, "no such file"),
         ("./missing/folder/of/stories", None, "no such file"),
         ("somebody/missing-dataset", None, "cannot be reached"),
-        ("stories.csv", "text\nhello\n", "no stories of a known format are there; it must be a save_to_disk folder"),
-        ("latin.txt", "caf\xe9<|endoftext|>b".encode("latin-1"), "a .txt or .jsonl file in UTF-8"),
+        ("stories.csv", "text\nhello\n", "no stories are there in a known format or split; it must be"),
+        ("latin.txt", "caf\xe9<|endoftext|>b".encode("latin-1"), "'utf-8' codec can't decode"),
         ("empty.txt", "", "0 stories, of which --fraction 1.0 leaves 0: too few (a .txt needs"),
         ("one.txt", "Only one story.<|endoftext|>\n", "1 stories, of which --fraction 1.0 leaves 1: too few"),
         ("blank.txt", " \n<|endoftext|>\n<|endoftext|> ", "too few"),
         ("broken.jsonl", '{"text": "a"}\n{"text": ', "cannot be read"),
         ("numbers.jsonl", '{"text": 1}\n{"text": 2}\n', "got a 'int' object; it must be"),
         ("mixed.jsonl", '{"text": "a"}\n{"text": {"b": 2}}\n', "with strings in a column `text`"),
-        ("other.jsonl", '{"story": "a"}\n{"story": "b"}\n', "cannot be read: there is no 'text'; it must be"),
+        ("other.jsonl", '{"story": "a"}\n{"story": "b"}\n', "cannot be read: something is missing: 'text'; it must be"),
         ("broken.parquet", b"PAR1 this is not parquet", "cannot be read"),
     ],
 )
@@ -119,8 +119,10 @@ def test_a_broken_data_folder_is_refused_in_one_line(workspace, refused):
             (workspace / name / file).write_bytes(content)
     for name in ("empty", "no_arrow", "no_state", "cut", "bad_json"):
         assert f"--data {name}: " in refused(project.main, ["--data", name])
+    datasets.Dataset.from_dict({"story": STORIES}).to_parquet("other.parquet")
+    assert "cannot be read: something is missing: 'Field \"text\"" in refused(project.main, "--data other.parquet")
     datasets.DatasetDict({"test": datasets.Dataset.from_dict({"text": STORIES})}).save_to_disk("no_train")
-    assert "no stories of a known format are there; it must be" in refused(project.main, ["--data", "no_train"])
+    assert "no stories are there in a known format or split; it must be" in refused(project.main, "--data no_train")
 
 
 def test_empty_stories_and_duplicates_are_dropped_and_counted():

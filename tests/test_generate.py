@@ -372,7 +372,7 @@ def test_what_is_no_checkpoint_is_told_what_one_is(finished, workspace, refused)
     (workspace / "empty").mkdir()
     for name in ("empty", str(finished / "checkpoints/last.pt")):
         line = refused(gpt2_generate.main, ["--model", name])
-        assert name in line and "must be a folder such as checkpoints/epoch_1" in line
+        assert name in line and "must be an epoch's folder, a run's with an epoch, or" in line
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """--init: going on from checkpoints of other people's, against transformers."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -112,16 +114,35 @@ def test_the_first_loss_is_that_of_the_checkpoint(finished, workspace, monkeypat
     assert losses[0] == pytest.approx(sum(e[0] for e in expected) / sum(e[1] for e in expected), rel=1e-5)
 
 
-def test_a_run_is_tuned_further_from_its_best_epoch(finished, workspace, monkeypatch):
-    load_checkpoint, loaded = project.load_checkpoint, []
+@pytest.fixture
+def base(finished, workspace):
+    """A run's folder, whose first epoch is its best."""
+    shutil.copytree(finished / "checkpoints", "base")
+    for epoch, loss in ((1, 0.1), (2, 0.2)):
+        record = json.loads(Path(f"base/epoch_{epoch}/training.json").read_text())
+        record["epochs"][-1]["test_loss"] = loss
+        Path(f"base/epoch_{epoch}/training.json").write_text(json.dumps(record))
+        Path(f"base/epoch_{epoch}/SHA256SUMS").unlink()
+    return Path("base")
 
-    def noted(name, **options):
-        loaded.append(name)
-        return load_checkpoint(name, **options)
 
-    monkeypatch.setattr(project, "load_checkpoint", noted)
-    project.main(f"{RUN} --max-steps 1 --init {finished / 'checkpoints'}".split())
-    assert loaded == [project.best_epoch(finished / "checkpoints")]
+def test_a_run_is_tuned_further_from_its_best_epoch(base, capsys):
+    project.main(f"{RUN} --max-steps 1 --init base".split())
+    assert capsys.readouterr().out.startswith("init       base/epoch_1\n")
+
+
+def test_a_model_that_has_epochs_inside_is_that_model(base):
+    shutil.copytree(base / "epoch_2", "model")
+    shutil.copytree(base / "epoch_1", "model/epoch_1")
+    assert project.best_epoch("model") == "model"
+
+
+@pytest.mark.parametrize("init", ["base", "base/epoch_2", "./base/../base"])
+def test_a_run_does_not_overwrite_what_it_starts_from(init, base, refused):
+    files = sorted(base.rglob("*"))
+    assert "would be overwritten" in refused(project.main, f"{RUN} --init {init} --checkpoints base --overwrite")
+    assert {path.name for path in base.rglob("*") if path not in files} <= {".lock"}
+    assert all(path.exists() for path in files)
 
 
 def test_a_tuning_that_was_interrupted_continues(foreign, workspace, monkeypatch):

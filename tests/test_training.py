@@ -508,8 +508,9 @@ def test_a_run_that_will_replace_the_plots_of_another_one_says_so(workspace, cap
     train("--max-steps 1")
     train("--max-steps 1 --overwrite")
     assert "another run" not in capsys.readouterr().out
-    train("--max-steps 1 --checkpoints others")
-    assert "warning    replaces the plots of another run in plots" in capsys.readouterr().out
+    for options in ("", "--overwrite"):
+        train(f"--max-steps 1 --checkpoints others{options} {options}")
+        assert "warning    replaces the plots of another run in plots" in capsys.readouterr().out
 
 
 def test_out_of_memory_is_one_line_with_a_way_out(capsys):
