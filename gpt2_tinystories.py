@@ -179,9 +179,9 @@ def read_files(data, files):
     import pyarrow
     readers = {".txt": read_text, ".jsonl": read_lines, ".parquet": read_table}
     with reading(data, f"--data {data}", NEEDED):
-        if not files or files[0].suffix not in readers:
+        if not files or files[0].suffix.lower() not in readers:
             raise ValueError("no stories are there in a known format or split")
-        texts = (text for file in files for text in readers[file.suffix](file))
+        texts = (text for file in files for text in readers[file.suffix.lower()](file))
         while batch := list(islice(texts, 100)):
             yield {"text": pyarrow.array(batch, pyarrow.large_string())}
 
@@ -196,7 +196,11 @@ def read_text(path):
 
 def read_lines(path):
     with open(path, encoding="utf-8-sig") as file:
-        yield from (json.loads(line)["text"] for line in file if line.strip())
+        for number, line in enumerate(file, 1):
+            try:
+                yield from [json.loads(line)["text"]] if line.strip() else []
+            except json.JSONDecodeError as error:  # which takes each line for the first
+                raise ValueError(f"line {number}: {error.msg}") from None
 
 def read_table(path):
     from pyarrow.parquet import ParquetFile
@@ -1014,8 +1018,8 @@ def main(argv=None):
         wait(RANK > 0)  # until process 0 has downloaded, written and checked what all need
         last = None if settings.overwrite else read_last(folder)
         before = last["record"] if last else {"data": {}, "fixed": {}, "epochs": [], "step": 0}
-        refuse_changes(before["fixed"], fixed(settings), folder)
         model = load_base(settings) if settings.init else None
+        refuse_changes(before["fixed"], fixed(settings), folder)
         goes_on = settings.data == "auto" and before["data"].get("source") == BUILT_IN
         stories, source = load_stories("sample" if goes_on else settings.data, folder / "data")
         train_stories, test_stories, data = split_stories(stories, settings)
@@ -1053,7 +1057,7 @@ def load_base(settings):
     say(f"init       {name}")
     model = load_checkpoint(name, fold=False, **dropout_rates(settings))
     n, most = settings.n_positions, model.config.n_positions
-    require(n <= most, "n_positions", n, f"the checkpoint of --init {settings.init} has {most}")
+    require(n <= most, "n_positions", n, f"--init {settings.init} has {most}, which is the most")
     model.transformer.wpe.weight.requires_grad_()
     model.config.update(ends(model.tokenizer))
     return model

@@ -64,7 +64,7 @@ def functions():
             yield node.name, node.end_lineno - first + 1
 
 
-@pytest.mark.parametrize("name, n_lines", [("gpt2_tinystories.py", 1294), ("gpt2_generate.py", 100)])
+@pytest.mark.parametrize("name, n_lines", [("gpt2_tinystories.py", 1298), ("gpt2_generate.py", 100)])
 def test_the_scripts_are_short(name, n_lines):
     assert len(read(name).splitlines()) <= n_lines
 

@@ -89,7 +89,7 @@ def test_a_changed_text_file_is_read_again(workspace):
         ("empty.txt", "", "0 stories, of which --fraction 1.0 leaves 0: too few (a .txt needs"),
         ("one.txt", "Only one story.<|endoftext|>\n", "1 stories, of which --fraction 1.0 leaves 1: too few"),
         ("blank.txt", " \n<|endoftext|>\n<|endoftext|> ", "too few"),
-        ("broken.jsonl", '{"text": "a"}\n{"text": ', "cannot be read"),
+        ("broken.jsonl", '{"text": "a"}\n\n{"text": ', "cannot be read: line 3: Expecting value; it must be"),
         ("numbers.jsonl", '{"text": 1}\n{"text": 2}\n', "got a 'int' object; it must be"),
         ("mixed.jsonl", '{"text": "a"}\n{"text": {"b": 2}}\n', "with strings in a column `text`"),
         ("other.jsonl", '{"story": "a"}\n{"story": "b"}\n', "cannot be read: something is missing: 'text'; it must be"),
