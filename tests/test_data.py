@@ -84,7 +84,7 @@ def test_a_changed_text_file_is_read_again(workspace):
         ("missing.txt", None, "no such file"),
         ("./missing/folder/of/stories", None, "no such file"),
         ("somebody/missing-dataset", None, "cannot be reached"),
-        ("stories.csv", "text\nhello\n", "no stories are there in a known format or split; it must be"),
+        ("stories.csv", "text\nhello\n", "split; it must be a save_to_disk folder, a .txt or .jsonl file in UTF-8"),
         ("latin.txt", "caf\xe9<|endoftext|>b".encode("latin-1"), "'utf-8' codec can't decode"),
         ("empty.txt", "", "0 stories, of which --fraction 1.0 leaves 0: too few (a .txt needs"),
         ("one.txt", "Only one story.<|endoftext|>\n", "1 stories, of which --fraction 1.0 leaves 1: too few"),
