@@ -1,19 +1,26 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch>=2.13,<2.14", "transformers>=5.24,<6", "datasets>=5.2,<6",
+#                 "matplotlib>=3.11,<4", "tqdm>=4.70,<5"]
+# ///
 """Write stories with a checkpoint of gpt2_tinystories.py.
 
     python gpt2_generate.py                                 the PROMPTS below, with the best epoch
     python gpt2_generate.py --prompt "Tom had a kite" --method sample --num-samples 3
-    python gpt2_generate.py --model gpt2 --stop "."         any GPT-2 of the Hub; up to a full stop
+    python gpt2_generate.py --model gpt2                    any GPT-2 of the Hub
     python gpt2_generate.py --interactive                   type beginnings, read stories
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from gpt2_tinystories import (
+    AT_LEAST_1,
     InputError,
+    Sampling,
     best_epoch,
-    check_rules,
     flag,
+    fold_equal_rows,
     generate_text,
     load_checkpoint,
     parse,
@@ -32,45 +39,43 @@ MODEL = "checkpoints"  # a run, of which the best epoch is taken, or one epoch, 
 
 TEXTS = (PROMPTS,) if isinstance(PROMPTS, str) else tuple(PROMPTS or ())
 
+
 @dataclass(frozen=True)
-class Settings:
+class Settings(Sampling):
     model: str = flag(str(MODEL or "checkpoints"), "folder of a run or of an epoch, or Hub id")
     prompt: tuple = flag(TEXTS, r"beginning of a story; can be repeated; \n: new line; --prompt=-x")
-    method: Literal["greedy", "sample"] = flag("greedy", "take the likeliest token, or draw one")
-    max_length: int = flag(200, "most new tokens of a story")
-    temperature: float = flag(1.0, "for sample: below 1 plainer, above 1 wilder")
-    top_k: int = flag(0, "for sample: draw from so many likeliest tokens; 0: from all")
-    top_p: float = flag(0.9, "for sample: from the fewest that together have this probability")
-    repetition_penalty: float = flag(1.0, "above 1: tokens that were there become less likely")
-    stop: tuple = flag((), r"text that ends a story; can be repeated; \n: new line; --stop=-x")
-    num_samples: int = flag(1, "for sample: stories for each prompt")
-    seed: int = flag(42, "for sample: seed of the first story, the next one has the next seed")
+    max_length: int = flag(200, "most new tokens of a story", *AT_LEAST_1)
+    num_samples: int = flag(1, "for sample: stories for each prompt", *AT_LEAST_1)
+    seed: int = flag(42, "for sample: seed of the first story, the next one has the next seed",
+                     lambda x: 0 <= x < 2**32, "0 to 2**32 - 1")
     batch: bool = flag(False, "write all samples of a prompt at once and show them then: faster")
     device: Literal["auto", "cuda", "cpu", "mps"] = flag("auto", "where to compute")
     interactive: bool = flag(False, "ask for prompts until an empty line")
 
     def __post_init__(self):
-        check_rules(asdict(self))
-        texts = self.prompt and all(isinstance(text, str) and text.strip() for text in self.prompt)
-        require(texts, "prompt", list(self.prompt), "must be texts, none of them empty")
-        for name in ("temperature", "top_k", "top_p", "num_samples", "seed"):
-            value, is_default = getattr(self, name), getattr(self, name) == getattr(Settings, name)
-            require(self.method == "sample" or is_default, name, value, "needs --method sample")
+        super().__post_init__()
+        is_text = self.prompt and all(isinstance(t, str) and t.strip() for t in self.prompt)
+        require(is_text, "prompt", list(self.prompt), "must be texts, none of them empty")
+        for f in fields(self):
+            value = getattr(self, f.name)
+            is_used = self.method == "sample" or not f.metadata["help"].startswith("for sample")
+            require(is_used or value == f.default, f.name, value, "needs --method sample")
+
 
 def write_stories(model, prompt, settings):
     """Print stories: each word as soon as it is complete, or with --batch all of them together."""
     from transformers import TextStreamer
-    names = "max_length method temperature top_k top_p repetition_penalty stop".split()
-    options = {name: getattr(settings, name) for name in names}
-    options["stop"] = [text.replace(r"\n", "\n") for text in settings.stop]
-    prompt, seed, n = prompt.replace(r"\n", "\n"), settings.seed, settings.num_samples
+    prompt, n = prompt.replace(r"\n", "\n"), settings.num_samples
+    options = {f.name: getattr(settings, f.name) for f in fields(Sampling)}
+    options["max_length"] = settings.max_length
     if settings.batch:
-        texts = generate_text(model, [prompt], num_samples=n, seed=seed, **options)
+        texts = generate_text(model, [prompt], num_samples=n, seed=settings.seed, **options)
         print(*texts, sep="\n\n", end="\n\n", flush=True)
-    for i in range(0 if settings.batch else n):
-        streamer = TextStreamer(model.tokenizer)
-        generate_text(model, prompt, seed=seed + i, streamer=streamer, **options)
+        return
+    for seed in range(settings.seed, settings.seed + n):
+        generate_text(model, prompt, seed=seed, streamer=TextStreamer(model.tokenizer), **options)
         print(flush=True)
+
 
 def prompts_typed():
     """Yield the prompts that somebody types, up to an empty line or the end of the input."""
@@ -80,12 +85,14 @@ def prompts_typed():
     except EOFError:
         print()
 
+
 def main(argv=None):
     settings = parse(Settings, __doc__, argv)
     found = best_epoch(settings.model)
     if found == "checkpoints":
         raise InputError("no epoch in checkpoints/ yet: train first (python gpt2_tinystories.py)")
-    model = load_checkpoint(found, pick_device(settings.device, "fp32")[0])
+    device, _ = pick_device(settings.device, "fp32")
+    model = fold_equal_rows(load_checkpoint(found)).to(device)
     why = ", of all epochs there the one with the lowest test loss"
     print(f"[{found}{'' if found == settings.model else why}; {settings.method}]\n")
     for prompt in prompts_typed() if settings.interactive else settings.prompt:
@@ -95,6 +102,7 @@ def main(argv=None):
             if not settings.interactive:
                 raise
             print(error)
+
 
 if __name__ == "__main__":
     run(main)

@@ -17,15 +17,5 @@ def make_parser(description):
 
 
 def prepare(settings):
-    """(train_set, test_set, tokenizer, data): what the script makes of its stories before it trains, with its caches;
-    data is what its record says of them."""
-    folder = Path(settings.checkpoints, "data")
-    stories, source = project.load_stories(settings.data, folder)
-    train_stories, test_stories, data = project.split_stories(stories, settings)
-    name = settings.tokenizer
-    if name == "auto":
-        name = "bpe:4096" if source == project.BUILT_IN else "gpt2"
-    tokenizer = project.load_tokenizer(name, train_stories)
-    data["source"] = source
-    train_set, test_set = project.encode_split(train_stories, test_stories, tokenizer, data, settings)
-    return train_set, test_set, tokenizer, data
+    """(train_set, test_set, tokenizer, counts): what the script makes of --data before it trains, with its caches."""
+    return project.prepare_data(settings, settings.data)

@@ -11,6 +11,7 @@ stories had, the fewer rows of the head are read for each new one.
 import statistics
 import sys
 import time
+from itertools import count
 
 import torch
 from common import make_parser
@@ -45,20 +46,22 @@ def main():
     logging.disable_progress_bar()
     n, (device, _) = options.max_length, project.pick_device(options.device, "fp32")
     folder = project.best_epoch(options.model)
-    model = project.load_checkpoint(folder, device)
+    model = project.fold_equal_rows(project.load_checkpoint(folder, device))
     tokenizer = model.tokenizer
     reference = GPT2LMHeadModel.from_pretrained(folder).to(device).eval()
     inputs = tokenizer(PROMPT, return_tensors="pt").to(device)
     print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, up to {n} tokens, a head of "
           f"{len(model.lm_head.weight):,} rows for {model.config.vocab_size:,} tokens\n\n"
           "| | generate_text, tokens/s | generate, tokens/s | faster by |\n|---|---|---|---|")
+    seeds = count()
     for title, method, rows in (("1 prompt, greedy", "greedy", 1), ("1 prompt, sampled", "sample", 1),
                                 ("8 samples at once", "sample", 8)):
         def ours(method=method, rows=rows):
-            return project.generate_text(model, PROMPT, max_length=n, method=method, num_samples=rows)
+            return project.generate_text(model, PROMPT, max_length=n, method=method, num_samples=rows, seed=next(seeds),
+                                         top_p=1.0)
 
         def theirs(method=method, rows=rows):
-            return reference.generate(**inputs, max_new_tokens=n, do_sample=method == "sample", top_k=0,
+            return reference.generate(**inputs, max_new_tokens=n, do_sample=method == "sample", top_k=0, top_p=1.0,
                                       num_return_sequences=rows)
 
         ours(), theirs()

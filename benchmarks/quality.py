@@ -59,6 +59,7 @@ class Recipe:
     optimizers: Callable = project.make_optimizers
     schedule: Callable = project.schedule
     batches: Callable = project.step_batches
+    learner: Callable = lambda model: model  # what computes the loss
     average: float = 0.0  # of an exponential moving average of the weights: the share that a step keeps
     plain: bool = False  # the updates of the naive loop
 
@@ -86,10 +87,10 @@ class Plain(project.GPT):
 
 
 def plain_optimizers(model, settings, dtype):
-    return [torch.optim.AdamW(model.parameters(), lr=settings.learning_rate)]
+    return {"adamw": torch.optim.AdamW(model.parameters(), lr=settings.learning_rate)}
 
 
-def random_batches(lengths, settings):
+def random_batches(lengths, settings, steps_per_epoch):
     """As project.step_batches, but for the order: any stories come together."""
     size = settings.batch_size
     for epoch in count(1):
@@ -122,12 +123,13 @@ def adamw_alone(factor=1):
     """AdamW for all, with a factor to the rate of embedding and head."""
 
     def make(model, settings, dtype):
-        adamw, muon = project.make_optimizers(model, settings, dtype)
+        optimizers = project.make_optimizers(model, settings, dtype)
+        adamw = optimizers["adamw"]
         outer, vectors = adamw.param_groups
         outer["lr"] = factor * settings.learning_rate
-        hidden = [weight for group in muon.param_groups for weight in group["params"]]
+        hidden = [weight for group in optimizers["muon"].param_groups for weight in group["params"]]
         adamw.add_param_group({"params": hidden, "lr": settings.learning_rate, "weight_decay": settings.weight_decay})
-        return [adamw]
+        return {"adamw": adamw}
 
     return make
 
@@ -136,7 +138,7 @@ def adamw_at_one_rate(model, settings, dtype):
     """AdamW as GPTs are usually trained with it."""
     groups = [{"params": [w for w in model.parameters() if w.requires_grad and w.dim() == n], "weight_decay": decay}
               for n, decay in ((2, settings.weight_decay), (1, 0.0))]
-    return [torch.optim.AdamW(groups, settings.learning_rate, betas=(0.9, 0.95), fused=True)]
+    return {"adamw": torch.optim.AdamW(groups, settings.learning_rate, betas=(0.9, 0.95), fused=True)}
 
 
 def other_groups(change):
@@ -145,7 +147,7 @@ def other_groups(change):
 
     def make(model, settings, dtype):
         optimizers = project.make_optimizers(model, settings, dtype)
-        change(*(group for optimizer in optimizers for group in optimizer.param_groups))
+        change(*project.groups_of(optimizers))
         return optimizers
 
     return make
@@ -188,19 +190,23 @@ def learned_positions(model):
 
 
 def with_positions(model, settings, dtype):
-    optimizers = project.make_optimizers(model, settings, dtype)
-    outer, _ = optimizers[0].param_groups
+    """Learned positions, too, in the group of embedding and head."""
+    optimizers = project.make_optimizers(model, settings, dtype)  # which refuses a weight that it does not know
+    learned_positions(model)
+    outer, _ = optimizers["adamw"].param_groups
     outer["params"].append(model.transformer.wpe.weight)
     return optimizers
 
 
-class ZLoss(project.GPT):
-    """With PaLM's: 1e-4 times the square of the log of the softmax's denominator."""
+class ZLoss(nn.Module):
+    """A model's loss with PaLM's: 1e-4 times the square of the log of the softmax's denominator."""
 
-    def forward(self, input_ids, targets=None):
-        logits = super().forward(input_ids)
-        if targets is None:
-            return logits
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.device = model, model.device
+
+    def forward(self, input_ids, targets):
+        logits = self.model(input_ids)
         denominators = logits.float().logsumexp(-1)[targets != project.IGNORE]
         loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=project.IGNORE,
                                reduction="sum")
@@ -244,16 +250,16 @@ RECIPES = {
        for factor in (0.3, 3, 10)},
     "embedding x 3": Recipe(change=scaled(("wte",), 3)),
     "head x 3": Recipe(change=scaled(("lm_head",), 3)),
-    "sinusoid / 3": Recipe(change=scaled(("wpe",), 1 / 3)),
+    "a third of the sinusoid": Recipe(change=scaled(("wpe",), 1 / 3)),
     "sinusoid x 3": Recipe(change=scaled(("wpe",), 3)),
-    "learned positions, as fast as the embedding": Recipe(change=learned_positions, optimizers=with_positions),
+    "learned positions, as fast as the embedding": Recipe(optimizers=with_positions),
     "zero head": Recipe(change=scaled(("lm_head",), 0)),
     "zero c_proj": Recipe(change=scaled(("c_proj",), 0)),
     "c_proj not scaled by depth": Recipe(change=unscaled),
     "blocks of 1 over sqrt(fan-in)": Recipe(change=fan_in),
     "average 0.99": Recipe(average=0.99),
     "random batches": Recipe(batches=random_batches),
-    "z-loss": Recipe(model=ZLoss),
+    "z-loss": Recipe(learner=ZLoss),
     # Those below differ in what a run costs.
     **{f"{8 * n} stories a step": Recipe({"accum_steps": n}) for n in (1, 4)},
     **{f"{width} wide": Recipe({"n_embd": width, "n_inner": 2 * width, "n_head": width // 64}) for width in (128, 512)},
@@ -275,18 +281,19 @@ def train(name, seed, base, device, precision, n_points=20, n_scored=None):
     torch.manual_seed(seed)
     model = recipe.model(project.model_config(settings, tokenizer), tokenizer)
     if not recipe.plain:
-        model.fold(project.tokens_in((train_set, test_set), model.config.vocab_size))
+        model = project.fold_unused_tokens(model, train_set, test_set)
     recipe.change(model)
     model.to(device).train()
     test_batches = project.epoch_batches(test_set.lengths, settings.batch_size, base.seed, 0)
     optimizers = recipe.optimizers(model, settings, project.DTYPES[precision])
-    groups = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
+    groups = [(group, group["lr"]) for group in project.groups_of(optimizers)]
     autocast = torch.autocast(device, project.DTYPES[precision], enabled=precision != "fp32")
     scaler = torch.amp.GradScaler(device, enabled=precision == "fp16")
-    record = project.new_record(settings, data, {"step": 0, "epochs": []})
-    n_steps, per_epoch = record["steps"], record["steps_per_epoch"]
+    learner = recipe.learner(model)
+    record = project.new_record(settings, data, {})
+    n_steps, per_epoch = record["n_steps"], record["steps_per_epoch"]
     curve, losses, average, seconds, started = [], [], [], 0.0, time.monotonic()
-    for step, window in enumerate(islice(recipe.batches(train_set.lengths, settings), n_steps), 1):
+    for step, window in enumerate(islice(recipe.batches(train_set.lengths, settings, per_epoch), n_steps), 1):
         if recipe.plain and step == per_epoch + 1:
             model.eval()
         for group, peak in groups:
@@ -296,7 +303,7 @@ def train(name, seed, base, device, precision, n_points=20, n_scored=None):
             losses.append(plain_update(model, batches, optimizers, settings.accum_steps, scaler, autocast))
         else:
             n_tokens = sum(int(train_set.lengths[batch].sum()) for batch in window)
-            loss, _ = project.backward(model, batches, n_tokens, autocast, scaler)
+            loss, _ = project.backward(learner, batches, n_tokens, autocast, scaler)
             project.update(model, optimizers, settings.grad_clip, scaler)
             losses.append(float(loss) / n_tokens)
         if recipe.average:
@@ -319,8 +326,8 @@ def train(name, seed, base, device, precision, n_points=20, n_scored=None):
 
 def fixed(settings):
     """The settings that change the results, as a .json has them."""
-    free = project.FREE - {"data", "tokenizer", "precision"}
-    return {name: value for name, value in asdict(settings).items() if name not in free}
+    may_change = project.MAY_CHANGE - {"data", "tokenizer", "precision"}
+    return {name: value for name, value in asdict(settings).items() if name not in may_change}
 
 
 def plain_update(model, batches, optimizers, accum_steps, scaler, autocast):
@@ -334,7 +341,7 @@ def plain_update(model, batches, optimizers, accum_steps, scaler, autocast):
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=project.IGNORE)
         scaler.scale(loss / accum_steps).backward()
         total += loss.item() / len(batches)
-    for optimizer in optimizers:
+    for optimizer in optimizers.values():
         scaler.step(optimizer)
         optimizer.zero_grad()
     scaler.update()
@@ -364,12 +371,12 @@ def score(model, test_set, batches):
 @torch.no_grad()
 def write_stories(model, length):
     """What a model writes: of each prompt a greedy and a sampled story, and two shares, taken over 5 sampled ones."""
-    numbers = torch.rand(5, length, generator=torch.Generator().manual_seed(1)).to(model.device)
     stories, ended, repeated = [], [], []
     for prompt in PROMPTS:
         ids, texts = project.encode_prompt(model, prompt), []
         for method, n_samples in (("greedy", 1), ("sample", 5)):
-            rows = project.continue_ids(model, ids, numbers[:n_samples], (method, TEMPERATURE, 0, 1.0, 1.0))
+            sampling = project.Sampling(method, TEMPERATURE, top_p=1.0)
+            rows = project.continue_ids(model, ids, length, sampling, n_samples, seed=1)
             texts += model.tokenizer.batch_decode(rows)
         ended += [len(row) < len(ids) + length for row in rows]
         repeated += [share_repeated(project.encode(model.tokenizer, text)) for text in texts[1:]]

@@ -7,9 +7,10 @@ The script is killed with SIGKILL somewhere between its start and --longest seco
 start in four its tokens are removed, so that some kills meet the tokenising. Whenever the run has come to its end, what
 it leaves is compared with an undisturbed run, and another one begins. With torchrun all processes are killed at once.
 Then a file of a checkpoint, or last.pt, is damaged: a bit turned, a block of zeros, cut off, emptied, removed, or put
-there from another epoch. It has to be refused with one line, or to be read as it was.
+there from another epoch. It has to be refused with one line, or the weights to be read as they were.
 """
 
+import json
 import os
 import random
 import shutil
@@ -62,14 +63,19 @@ def finish(process, folder):
 
 
 def result(folder):
-    """(checksums of all epochs' files but those with seconds in them, last.pt without seconds, names of all files)"""
+    """What has to be the same: the checksums of all epochs' files, their training.json and last.pt without seconds, and
+    the names of all files."""
+
+    def without_seconds(record):
+        return record | {"epochs": [epoch | {"seconds": 0} for epoch in record["epochs"]]}
+
     last = torch.load(folder / "checkpoints" / "last.pt", weights_only=True)
-    last["metrics"] = last["metrics"][:, :4]
-    last["record"]["epochs"] = [epoch | {"seconds": 0} for epoch in last["record"]["epochs"]]
-    epochs = project.saved_epochs(folder / "checkpoints")
-    sums = [line for epoch in epochs for line in project.checksums(epoch)
-            if not line.endswith(("training.json\n", "SHA256SUMS\n"))]
-    return sums, last, {str(path.relative_to(folder)) for path in folder.rglob("*")}
+    last["metrics"][:, project.SECONDS] = 0
+    last["record"] = without_seconds(last["record"])
+    files = [file for epoch in project.saved_epochs(folder / "checkpoints") for file in sorted(epoch.iterdir())]
+    sums = [project.sha256(file) for file in files if file.name != "training.json"]
+    records = [without_seconds(json.loads(file.read_text())) for file in files if file.name == "training.json"]
+    return sums, records, last, {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
 def same(one, two):
@@ -168,15 +174,14 @@ def damage(file, other, rng):
 
 
 def read(checkpoints, name):
+    """All that is in last.pt, or the weights of an epoch: its other files may be edited."""
     if name == "last.pt":
         return project.read_last(checkpoints)
-    model = project.load_checkpoint(checkpoints / name)
-    files = {path.name: path.read_bytes() for path in (checkpoints / name).glob("*.json")}
-    return [model.state_dict(), model.row, model.config.to_dict(), model.tokenizer.get_vocab(), files]
+    return project.load_checkpoint(checkpoints / name).state_dict()
 
 
 def damage_again_and_again(checkpoints, n_damages, rng):
-    """Each of n_damages to a checkpoint, one after the other, has to be refused, or to make no difference."""
+    """Each of n_damages to a checkpoint, one after the other, has to be refused, or to leave the weights alone."""
     outcomes, n_epochs = Counter(), len(project.saved_epochs(checkpoints))
     expected = {name: read(checkpoints, name) for name in (f"epoch_{n_epochs}", "last.pt")}
     files = [checkpoints / "last.pt", *sorted((checkpoints / f"epoch_{n_epochs}").iterdir())]

@@ -66,7 +66,8 @@ def train_with_trainer(rate, seed, settings, device, precision):
     """What quality.train returns, less the model."""
     import transformers
 
-    train_set, test_set, tokenizer, _ = quality.prepared(settings)
+    train_set, test_set, tokenizer, counts = quality.prepared(settings)
+    per_epoch = project.new_record(settings, counts, {})["steps_per_epoch"]
     test_batches = project.epoch_batches(test_set.lengths, settings.batch_size, settings.seed, 0)[:N_SCORED]
     config = project.model_config(settings, tokenizer)
     transformers.set_seed(seed)
@@ -98,7 +99,7 @@ def train_with_trainer(rate, seed, settings, device, precision):
 
     class BatchesOfOurs(transformers.Trainer):
         def get_train_dataloader(self):
-            steps = project.step_batches(train_set.lengths, replace(settings, seed=seed))
+            steps = project.step_batches(train_set.lengths, replace(settings, seed=seed), per_epoch)
             whole = (window for window in steps if len(window) == settings.accum_steps)
             batches = [batch.tolist() for window in islice(whole, n_steps) for batch in window]
             return torch.utils.data.DataLoader(self.train_dataset, batch_sampler=batches, collate_fn=collate)

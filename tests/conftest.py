@@ -1,5 +1,6 @@
 """Shared pieces of the tests: no network, nothing outside pytest's temporary folders."""
 
+import csv
 import functools
 import json
 import os
@@ -13,7 +14,6 @@ os.environ["OMP_NUM_THREADS"] = "1"  # the models are tiny, and pytest runs a pr
 
 import child
 import datasets
-import pandas
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -49,7 +49,7 @@ def tokenizer(stories):
 
 @pytest.fixture
 def encoded(stories, tokenizer, tmp_path):
-    """(ids, lengths, n_cut) of the 60 stories, cut at 64 tokens."""
+    """The Tokens of the 60 stories, cut at 64 tokens."""
     return project.encode_stories(stories, tokenizer, 64, tmp_path / "tokens.arrow")
 
 
@@ -71,7 +71,7 @@ def make_model(tokenizer, dropout=0.0, **sizes):
     model = project.GPT(make_config(tokenizer, dropout, **sizes), tokenizer)
     is_there = torch.zeros(len(tokenizer), dtype=torch.bool)
     is_there[[tokenizer.eos_token_id, *sum(project.encode(tokenizer, list(sample_stories(60))), [])]] = True
-    model.fold(is_there)
+    model = project.FoldedGPT(model, is_there)
     assert model.n_shared > 100 and len(model.lm_head.weight) == 401 - model.n_shared
     with torch.no_grad():
         for parameter in model.parameters():
@@ -143,8 +143,8 @@ def read_run(folder="checkpoints", epoch=2):
 
 def read_curve(folder):
     """[step, training loss] of the points of the curve, from the CSV file beside the plots."""
-    table = pandas.read_csv(folder / "plots" / "training_metrics.csv")
-    return table.loc[table.epoch.isna(), ["step", "train_loss"]].values.tolist()
+    with open(folder / "plots" / "training_metrics.csv", encoding="utf-8", newline="") as file:
+        return [[int(row["step"]), float(row["train_loss"])] for row in csv.DictReader(file) if not row["epoch"]]
 
 
 def same_runs(one, two, epoch=2):

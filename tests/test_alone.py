@@ -34,8 +34,9 @@ def alone(tmp_path):
     return run
 
 
-def test_the_dependencies_in_the_script_are_those_of_the_project():
-    (block,) = re.findall(r"^# /// script\n((?:#.*\n)+?)# ///$", read("gpt2_tinystories.py"), flags=re.M)
+@pytest.mark.parametrize("name", ["gpt2_tinystories.py", "gpt2_generate.py"])
+def test_the_dependencies_in_the_script_are_those_of_the_project(name):
+    (block,) = re.findall(r"^# /// script\n((?:#.*\n)+?)# ///$", read(name), flags=re.M)
     block = tomllib.loads("\n".join(line[2:] for line in block.splitlines()))
     assert block["dependencies"] == read("requirements.txt").split("\n")[:-1]
     target = tomllib.loads(read("pyproject.toml"))["tool"]["ruff"]["target-version"]
@@ -64,9 +65,9 @@ def functions():
             yield node.name, node.end_lineno - first + 1
 
 
-@pytest.mark.parametrize("name, n_lines", [("gpt2_tinystories.py", 1298), ("gpt2_generate.py", 100)])
-def test_the_scripts_are_short(name, n_lines):
-    assert len(read(name).splitlines()) <= n_lines
+def test_the_script_is_not_pressed_together():
+    lines = read("gpt2_tinystories.py").splitlines()
+    assert sum(not line.strip() for line in lines) >= 0.12 * len(lines)
 
 
 def test_no_line_of_the_script_is_wide():

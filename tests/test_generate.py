@@ -1,7 +1,6 @@
 """Generating text: against transformers' generate and samplers, and the command line of gpt2_generate.py."""
 
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -30,7 +29,7 @@ PROMPT = "Once upon a time, in a small village"
 @pytest.fixture
 def checkpoint(model, workspace):
     folder = workspace / "checkpoints" / "epoch_1"
-    project.save_checkpoint(folder, model, {"epochs": [{"test_loss": 1.0}]}, "")
+    project.save_checkpoint(folder, model, {"epochs": [{"test_loss": 1.0}]})
     return folder
 
 
@@ -57,7 +56,8 @@ def test_sampling_probabilities_equal_those_of_transformers(temperature, top_k, 
     if top_p < 1:
         warpers.append(TopPLogitsWarper(top_p))
     expected = warpers(None, logits.clone()).softmax(-1)
-    torch.testing.assert_close(project.next_probabilities(logits, temperature, top_k, top_p), expected)
+    sampling = project.Sampling("sample", temperature, top_k, top_p)
+    torch.testing.assert_close(project.next_probabilities(logits, sampling), expected)
 
 
 PROMPTS = [PROMPT, "A", '"Hello," said Ben.\n', "Tom and Lily went to the park and saw a big dog there. The dog"]
@@ -88,35 +88,11 @@ def test_penalized_logits_equal_those_of_transformers(monkeypatch):
     logits, tokens, seen = 3 * torch.randn(4, 50), torch.randint(0, 50, (4, 30)), []
     expected = RepetitionPenaltyLogitsProcessor(1.7)(tokens, logits.clone())
     monkeypatch.setattr(project, "next_probabilities", lambda logits, *_: seen.append(logits) or logits.softmax(-1))
-    project.next_ids(logits, tokens, torch.rand(4, 1), "sample", 1.0, 0, 1.0, 1.7)
+    sampled, greedy = (project.Sampling(method, repetition_penalty=1.7) for method in ("sample", "greedy"))
+    project.next_ids(logits, tokens, sampled, torch.rand(4, 1))
     torch.testing.assert_close(seen[0], expected)
-    greedy = project.next_ids(logits, tokens, None, "greedy", 1.0, 0, 1.0, 1.7)
+    greedy = project.next_ids(logits, tokens, greedy)
     assert torch.equal(greedy, expected.argmax(-1, keepdim=True))
-
-
-@pytest.mark.parametrize("method", ["greedy", "sample"])
-@pytest.mark.parametrize("stop", [" a", ["zzz", "e"], "he", "."])
-def test_a_text_ends_with_the_token_that_completes_a_stop(stop, method, model):
-    """By hand from the text without a stop: the shortest one whose new part holds it."""
-    parts = [project.generate_text(model, PROMPT, n, method, seed=2) for n in range(1, 41)]
-    stops = [stop] if isinstance(stop, str) else stop
-    hits = [text for text in parts if any(end in text[len(PROMPT) :] for end in stops)]
-    expected = (hits or parts[-1:])[0]
-    assert project.generate_text(model, PROMPT, 40, method, seed=2, stop=stop) == expected
-    prompts = ["One day", PROMPT, "A"]
-    texts = [project.generate_text(model, prompt, 40, method, seed=2, stop=stop) for prompt in prompts]
-    assert project.generate_text(model, prompts, 40, method, seed=2, stop=stop) == texts and texts[1] == expected
-
-
-@pytest.mark.parametrize("at, length", [(0, 1), (0, 4), (2, 3), (9, 3)])
-def test_a_stop_is_that_of_transformers(at, length, model, checkpoint):
-    theirs, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
-    inputs = tokenizer(PROMPT, return_tensors="pt")
-    whole = project.generate_text(model, PROMPT, 40)
-    stop = re.search(f"[A-Za-z]{{{length}}}", whole[len(PROMPT) + at :])[0]
-    ids = theirs.generate(**inputs, do_sample=False, max_new_tokens=40, stop_strings=[stop], tokenizer=tokenizer)[0]
-    expected = tokenizer.decode(ids, skip_special_tokens=True)
-    assert project.generate_text(model, PROMPT, 40, stop=stop) == expected != whole
 
 
 def test_a_sample_is_the_same_alone_and_among_others(model):
@@ -130,7 +106,8 @@ def test_what_is_picked_is_where_the_sum_exceeds_the_number(monkeypatch):
     monkeypatch.setattr(project, "next_probabilities", lambda probabilities, *_: probabilities)
 
     def pick(probabilities, numbers):
-        return project.next_ids(probabilities, torch.zeros(len(numbers), 1).long(), numbers, "sample", 1.0, 0, 1.0, 1.0)
+        ids = torch.zeros(len(numbers), 1, dtype=torch.long)
+        return project.next_ids(probabilities, ids, project.Sampling("sample"), numbers)
 
     probabilities = torch.tensor([[0.0, 0.25, 0.0, 0.5, 0.25, 0.0]])
     numbers = {0.0: 1, 0.24: 1, 0.25: 3, 0.74: 3, 0.75: 4, 1 - 2**-24: 4}
@@ -144,7 +121,7 @@ def test_samples_follow_the_probabilities(model):
     """The first token of 4,000 samples against the model's own distribution."""
     ids = torch.tensor([project.encode(model.tokenizer, "The")])
     expected = model.eval()(ids)[0, -1].softmax(-1)
-    texts = project.generate_text(model, "The", 1, "sample", num_samples=4000, seed=0)
+    texts = project.generate_text(model, "The", 1, "sample", num_samples=4000, seed=0, top_p=1.0)
     likeliest = expected.argmax().item()
     share = sum(text == model.tokenizer.decode([*ids[0], likeliest]) for text in texts) / 4000
     assert share == pytest.approx(expected[likeliest].item(), abs=0.04)
@@ -261,8 +238,6 @@ def test_the_end_of_text_in_a_prompt_is_plain_text(model):
         {"num_samples": 0},
         {"repetition_penalty": 0.0},
         {"repetition_penalty": float("inf")},
-        {"stop": ""},
-        {"stop": ("a", "")},
         {"prompt": []},
         {"prompt": ["One", ""]},
         {"prompt": ["One", "word " * 100]},
@@ -293,8 +268,16 @@ def test_its_flags_reach_the_generator(checkpoint, model, capsys):
     assert all(text in shown for text in expected)
 
 
+def test_the_function_and_the_script_have_the_same_defaults(checkpoint, model, capsys):
+    for method in ("greedy", "sample"):
+        gpt2_generate.main(["--method", method, "--max-length", "30", "--prompt", "One"])
+        assert capsys.readouterr().out.endswith(f"\n\n{project.generate_text(model, 'One', 30, method)}\n\n")
+    plain = project.generate_text(model, "One", 30, "sample", seed=42, top_p=1.0)
+    assert project.generate_text(model, "One", 30, "sample") != plain
+
+
 def test_a_batch_of_stories_is_that_of_single_ones(checkpoint, model, capsys):
-    arguments = "--max-length 15 --stop zz --repetition-penalty 1.2 --prompt One --prompt".split() + ["A b"]
+    arguments = "--max-length 15 --repetition-penalty 1.2 --prompt One --prompt".split() + ["A b"]
     for more in ([], ["--method", "sample", "--num-samples", "2", "--seed", "5"]):
         gpt2_generate.main([*arguments, *more])
         shown = capsys.readouterr().out
@@ -319,7 +302,6 @@ def test_without_a_model_the_epoch_with_the_lowest_test_loss_is_taken(losses, fi
         record = json.loads(file.read_text())
         record["epochs"][-1]["test_loss"] = loss
         file.write_text(json.dumps(record))
-        file.with_name("SHA256SUMS").unlink()
     gpt2_generate.main(["--max-length", "3"])
     best = 1 if losses[0] <= losses[1] else 2
     says = "of all epochs there the one with the lowest test loss; greedy]"
@@ -396,7 +378,7 @@ def test_a_checkpoint_that_cannot_be_used_is_refused_in_one_line(checkpoint, wor
     def spoil(name, change):
         folder = workspace / name
         shutil.copytree(checkpoint, folder)
-        (folder / "SHA256SUMS").unlink()  # which would notice every change
+        (folder / "training.json").unlink()  # whose checksum would notice every change of the weights
         change(folder)
         line = refused(gpt2_generate.main, ["--model", str(folder)])
         assert name in line, line
@@ -437,7 +419,15 @@ def test_a_checkpoint_that_cannot_be_used_is_refused_in_one_line(checkpoint, wor
 
 def test_a_saved_model_comes_back_bit_for_bit(checkpoint, model):
     loaded = project.load_checkpoint(checkpoint)
+    assert type(loaded) is project.GPT  # with a row for each token
     assert not loaded.training and loaded.config.to_dict()["n_inner"] == model.config.n_inner
-    for name, weight in make_model(model.tokenizer).state_dict().items():
-        assert torch.equal(weight, loaded.state_dict()[name]), name
-    assert torch.equal(loaded.row, model.row) and model.state_dict().keys() == loaded.state_dict().keys()
+    same_weights(loaded.gpt2_state_dict(), make_model(model.tokenizer).gpt2_state_dict())
+    folded = project.fold_equal_rows(loaded)
+    same_weights(folded.state_dict(), model.state_dict())
+    assert torch.equal(folded.token_to_row, model.token_to_row) and not folded.training
+
+
+def same_weights(weights, expected):
+    assert weights.keys() == expected.keys()
+    for name, weight in weights.items():
+        assert torch.equal(weight, expected[name]), name

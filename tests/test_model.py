@@ -13,7 +13,7 @@ import gpt2_tinystories as project
 @pytest.fixture
 def reference(model, tmp_path):
     """The same weights, read by transformers from a checkpoint folder."""
-    project.save_checkpoint(tmp_path / "epoch_1", model, {}, "")
+    project.save_checkpoint(tmp_path / "epoch_1", model, {})
     return AutoModelForCausalLM.from_pretrained(tmp_path / "epoch_1").eval()
 
 
@@ -44,10 +44,20 @@ def test_with_a_cache_token_by_token_gives_the_same_logits(model):
     input_ids = torch.randint(0, model.config.vocab_size, (2, 64))
     model.eval()
     whole = model(input_ids)
-    cache = [{} for _ in model.transformer.h]
+    cache = model.empty_cache(2)
     inputs = [input_ids[:, :10]] + [input_ids[:, i : i + 1] for i in range(10, 64)]
     logits = torch.cat([model(one, cache=cache) for one in inputs], dim=1)
-    torch.testing.assert_close(logits, whole[:, 9:], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(logits, whole, atol=1e-5, rtol=1e-4)
+
+
+def test_the_logits_after_the_last_token_alone_are_the_last_of_all(model):
+    input_ids = torch.randint(0, model.config.vocab_size, (2, 20))
+    whole = model.eval()(input_ids)
+    torch.testing.assert_close(model(input_ids, last_only=True), whole[:, -1:], atol=1e-5, rtol=1e-4)
+    cache = model.empty_cache(2)
+    for part, last in ((input_ids[:, :13], 12), (input_ids[:, 13:14], 13)):
+        logits = model(part, cache=cache, last_only=True)
+        torch.testing.assert_close(logits, whole[:, [last]], atol=1e-5, rtol=1e-4)
 
 
 def test_a_new_model_guesses_uniformly(tokenizer, encoded):
@@ -84,7 +94,7 @@ def test_positions_are_three_times_as_large_as_token_embeddings_and_not_trained(
     assert rms["wpe"] == pytest.approx(3 * rms["wte"], rel=0.05)
     assert not model.transformer.wpe.weight.requires_grad
     optimizers = project.make_optimizers(model, project.Settings(), torch.float32)
-    trained = [id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    trained = [id(p) for group in project.groups_of(optimizers) for p in group["params"]]
     assert sorted(trained) == sorted(id(p) for p in model.parameters() if p is not model.transformer.wpe.weight)
 
 

@@ -74,6 +74,14 @@ def test_a_bad_flag_is_refused_by_name_before_anything_is_read(arguments, named,
     assert list(workspace.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", sorted(project.SET_BY_INIT))
+def test_what_the_model_of_init_brings_is_refused_also_where_it_is_the_default(name, workspace, refused):
+    """The default of --n-layer is 2, that of gpt2 12: to pass it over would train another model than was asked for."""
+    name, default = "--" + name.replace("_", "-"), getattr(project.Settings, name)
+    assert f"{name} {default}: " in refused(project.main, f"--init gpt2 {name} {default}")
+    assert list(workspace.iterdir()) == []
+
+
 def test_an_empty_prompt_is_refused(workspace, refused):
     assert "--prompt" in refused(project.main, ["--prompt", " "])
 
@@ -87,7 +95,7 @@ def test_the_script_itself_ends_with_code_2_and_one_line(tmp_path):
     command = [sys.executable, ROOT / "gpt2_tinystories.py", "--n-head", "5"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == "gpt2_tinystories.py: --n-embd 768: the rule is n_embd % n_head == 0 and n_embd % 2 == 0\n"
+    assert done.stderr == "gpt2_tinystories.py: --n-embd 768: must be even, and a multiple of --n-head 5\n"
 
 
 def test_importing_is_light_and_trains_nothing(tmp_path):

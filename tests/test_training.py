@@ -1,7 +1,9 @@
 """Training: gradients against a big batch, perplexity against transformers, whole runs, continued runs."""
 
+import hashlib
 import json
 import math
+import pickle
 import re
 import shutil
 import tempfile
@@ -15,6 +17,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
+import gpt2_generate
 import gpt2_tinystories as project
 from sample_stories import sample_stories
 
@@ -26,10 +29,10 @@ def loader_of(encoded, batches):
 
 
 def backward(model, batches, *rest):
-    """(summed loss, right guesses, number of tokens) of all batches, as numbers; the gradients are in the model."""
+    """[summed loss, correct guesses, number of tokens] of all batches, as numbers; the gradients are in the model."""
     n_tokens = sum(int((targets != project.IGNORE).sum()) for _, targets in batches)
-    loss, right = project.backward(model, batches, n_tokens, *(rest or [nullcontext()]), NO_SCALER)
-    return [loss.item(), right.item(), n_tokens]
+    loss, n_correct = project.backward(model, batches, n_tokens, *(rest or [nullcontext()]), NO_SCALER)
+    return [loss.item(), n_correct.item(), n_tokens]
 
 
 def gradients(model, batches, accum_steps):
@@ -55,7 +58,7 @@ def test_accumulated_batches_give_the_gradients_of_one_big_batch(numbers, unequa
 
 
 def test_the_loss_and_its_gradients_are_those_of_transformers(model, encoded, tmp_path):
-    project.save_checkpoint(tmp_path / "epoch_1", model, {}, "")
+    project.save_checkpoint(tmp_path / "epoch_1", model, {})
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "epoch_1").eval()
     input_ids, targets = loader_of(encoded, [[0, 1, 2]])[0]
     labels = torch.cat((torch.full((3, 1), project.IGNORE), targets), dim=1)  # transformers moves them by one itself
@@ -68,24 +71,23 @@ def test_the_loss_and_its_gradients_are_those_of_transformers(model, encoded, tm
     assert loss_sum / n_tokens == pytest.approx(loss.item(), rel=1e-5)
     one, two = model.transformer.h[1].mlp.c_fc.weight.grad, theirs.transformer.h[1].mlp.c_fc.weight.grad.T
     torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-3)
-    sums = torch.zeros_like(model.lm_head.weight).index_add_(0, model.row, theirs.lm_head.weight.grad)
+    sums = torch.zeros_like(model.lm_head.weight).index_add_(0, model.token_to_row, theirs.lm_head.weight.grad)
     torch.testing.assert_close(model.lm_head.weight.grad, sums, atol=1e-6, rtol=1e-3)
 
 
-class Plain(project.GPT):
-    """The loss by PyTorch alone, from the logits of the whole vocabulary."""
-
-    def forward(self, input_ids, targets):
-        logits, targets = super().forward(input_ids).float().flatten(0, 1), targets.flatten()
-        loss = torch.nn.functional.cross_entropy(logits, targets, ignore_index=project.IGNORE, reduction="sum")
-        return loss, (logits.argmax(-1) == targets).sum()
-
-
 def plain_gradients(model, batches):
-    """(sums, gradients) of the model's twin with the loss by PyTorch alone."""
+    """(sums, gradients) of the model's twin, whose loss is that of the definition, from the logits of all tokens."""
+    model_class = type(model)
+
+    class Plain(model_class):
+        def forward(self, input_ids, targets):
+            logits = super().forward(input_ids).float()
+            nats = -logits.log_softmax(-1).gather(2, targets.clamp(min=0)[..., None])[..., 0]
+            return nats[targets >= 0].sum(), (logits.argmax(-1) == targets).sum()
+
     model.__class__ = Plain
     sums = backward(model, batches)
-    model.__class__ = project.GPT
+    model.__class__ = model_class
     expected = [p.grad.clone() for p in model.parameters() if p.requires_grad]
     model.zero_grad()
     return sums, expected
@@ -119,12 +121,12 @@ def test_the_compiled_model_has_the_loss_and_gradients_of_the_plain_one(model, e
 def test_padding_never_changes_a_loss(model, encoded):
     model.eval()
     input_ids, targets = (tensor[:, :30] for tensor in loader_of(encoded, [[3]])[0])
-    alone, right = model(input_ids, targets)
+    alone, n_correct = model(input_ids, targets)
     for filler in (0, 9):  # whatever stands in the padding
         padded = torch.nn.functional.pad(input_ids, (0, 34), value=filler)
         more = torch.nn.functional.pad(targets, (0, 34), value=project.IGNORE)
-        loss, right_too = model(padded, more)
-        assert loss.item() == pytest.approx(alone.item(), rel=1e-6) and right_too == right
+        loss, n_correct_too = model(padded, more)
+        assert loss.item() == pytest.approx(alone.item(), rel=1e-6) and n_correct_too == n_correct
 
 
 def test_accuracy_counts_right_guesses_by_hand(model, encoded):
@@ -136,7 +138,7 @@ def test_accuracy_counts_right_guesses_by_hand(model, encoded):
 
 
 def test_perplexity_equals_that_of_transformers_for_every_batch_size(model, encoded, tmp_path):
-    project.save_checkpoint(tmp_path / "epoch_1", model, {}, "")
+    project.save_checkpoint(tmp_path / "epoch_1", model, {})
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "epoch_1").eval()
     ids, lengths, _ = encoded
     nats = tokens = 0
@@ -161,10 +163,36 @@ def test_the_learning_rate_warms_up_and_decays_to_zero():
 
 def test_only_matrices_are_decayed(model):
     optimizers = project.make_optimizers(model, project.Settings(weight_decay=0.3), torch.float32)
-    outer, vectors, *inner = [group for optimizer in optimizers for group in optimizer.param_groups]
+    outer, vectors, *inner = project.groups_of(optimizers)
     for group in (outer, *inner):
         assert group["weight_decay"] == 0.3 and all(p.dim() == 2 for p in group["params"])
     assert vectors["weight_decay"] == 0 and all(p.dim() == 1 for p in vectors["params"])
+
+
+def test_a_weight_that_no_optimizer_would_train_is_an_error_by_its_name(model):
+    """It would never learn, and its growing gradient would clip those of all others. With --init it is trained."""
+    model.transformer.wpe.weight.requires_grad_()
+    with pytest.raises(ValueError, match=r"transformer\.wpe\.weight"):
+        project.make_optimizers(model, project.Settings(), torch.float32)
+    optimizers = project.make_optimizers(model, project.Settings(init="gpt2"), torch.float32)
+    trained = [id(p) for group in project.groups_of(optimizers) for p in group["params"]]
+    assert sorted(trained) == sorted(id(p) for p in model.parameters())
+
+
+@pytest.mark.parametrize("init", ["", "gpt2"])
+def test_a_weight_of_another_shape_than_all_others_is_not_forgotten(init, model):
+    model.transformer.scale = torch.nn.Parameter(torch.ones(1, 1, 32))
+    with pytest.raises(ValueError, match=r"transformer\.scale"):
+        project.make_optimizers(model, project.Settings(init=init), torch.float32)
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
+@pytest.mark.parametrize("twin", ["lm_head", "transformer.h.1.mlp.c_fc"])  # of AdamW, too; of Muon
+def test_a_weight_that_would_be_trained_twice_a_step_is_an_error_by_its_name(twin, tokenizer):
+    model = project.GPT(make_config(tokenizer), tokenizer)
+    model.get_submodule(twin).weight = model.transformer.wte.weight
+    with pytest.raises(ValueError, match=r"transformer\.wte\.weight"):
+        project.make_optimizers(model, project.Settings(), torch.float32)
 
 
 def polar_factor(x):
@@ -239,7 +267,6 @@ def test_a_run_leaves_what_the_readme_says(finished):
     names = sorted(path.name for path in (finished / "checkpoints").iterdir())
     assert names == [".lock", "data", "epoch_1", "epoch_2", "last.pt"]
     standard = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
-    standard |= {"SHA256SUMS"}
     for epoch in (1, 2):
         folder = finished / "checkpoints" / f"epoch_{epoch}"
         assert {path.name for path in folder.iterdir()} == standard | {"training.json", "sample.txt"}
@@ -257,7 +284,7 @@ def test_the_record_holds_settings_data_epochs_and_versions(finished, monkeypatc
     data = record["data"]
     assert data["source"] == "built-in stories" and data["stories"] == project.N_BUILT_IN
     assert data["train_stories"] + data["test_stories"] == 80
-    assert data["train_tokens"] > 0 and data["tokens_cut"] > 0
+    assert data["train_tokens"] > 0 and data["stories_cut"] > 0
     keys = "train_loss train_accuracy test_loss test_perplexity test_accuracy tokens seconds".split()
     for number, epoch in enumerate(record["epochs"], 1):
         assert set(keys) <= epoch.keys() and epoch["epoch"] == number
@@ -265,6 +292,9 @@ def test_the_record_holds_settings_data_epochs_and_versions(finished, monkeypatc
         assert epoch["test_perplexity"] == pytest.approx(math.exp(epoch["test_loss"]))
     assert record["epochs"][1]["test_perplexity"] < record["epochs"][0]["test_perplexity"]
     assert {"python", "torch", "transformers", "datasets"} <= record["versions"].keys()
+    files = {"script_sha256": project.__file__, "weights_sha256": "checkpoints/epoch_2/model.safetensors"}
+    for name, path in files.items():
+        assert record[name] == hashlib.sha256(project.Path(path).read_bytes()).hexdigest()
     steps = [step for step, _ in read_curve(finished)]
     assert steps == list(range(1, 11))  # 72 stories, 8 × 2 a step: 5 steps an epoch
     lines = (finished / "plots" / "training_metrics.csv").read_text().splitlines()
@@ -320,10 +350,10 @@ def test_a_continued_run_ends_like_an_unbroken_one(stops, finished):
         patch.chdir(folder)
         for stop_after in stops:
 
-            def stopping(folder, step, *rest, stop_after=stop_after):
+            def stopping(step, *rest, stop_after=stop_after):
                 if step > stop_after:
                     raise KeyboardInterrupt
-                return save_last(folder, step, *rest)
+                return save_last(step, *rest)
 
             patch.setattr(project, "save_last", stopping)
             with pytest.raises(KeyboardInterrupt):
@@ -331,6 +361,67 @@ def test_a_continued_run_ends_like_an_unbroken_one(stops, finished):
         patch.setattr(project, "save_last", save_last)
         train("--save-every 0")
         same_runs(project.Path(folder), finished)
+
+
+@pytest.fixture
+def interrupted(workspace, monkeypatch):
+    """last.pt of a run that was interrupted after its first epoch, before the evaluation."""
+    with monkeypatch.context() as patch:
+        patch.setattr(project, "evaluate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train()
+    return workspace / "checkpoints" / "last.pt"
+
+
+def test_a_run_that_another_script_began_says_so_in_a_line_and_goes_on(interrupted, workspace, finished, capsys):
+    last = torch.load(interrupted, weights_only=True)
+    last["record"]["script_sha256"] = "0" * 64
+    torch.save(last, interrupted)
+    capsys.readouterr()
+    train()
+    lines = capsys.readouterr().out.splitlines()
+    assert len([line for line in lines if line.startswith("script     is not the one that began this run")]) == 1
+    same_runs(workspace, finished)
+    assert read_run()[1]["script_sha256"] == hashlib.sha256(project.Path(project.__file__).read_bytes()).hexdigest()
+
+
+def test_a_run_that_the_same_script_began_says_nothing_of_the_script(interrupted, capsys):
+    train()
+    shown = capsys.readouterr().out
+    assert "continuing" in shown and "script " not in shown
+
+
+def test_a_continued_run_takes_the_constants_of_its_optimizers_from_the_script(interrupted, workspace, finished):
+    """Not from last.pt: who changes betas in the script and continues would go on with the old ones unawares."""
+    last = torch.load(interrupted, weights_only=True)
+    last["adamw"]["param_groups"][0] |= {"betas": (0.5, 0.5), "eps": 0.1}
+    last["adamw"]["param_groups"][1] |= {"betas": (0.5, 0.5), "weight_decay": 0.7}
+    last["muon"]["param_groups"][0] |= {"weight_decay": 0.7}
+    torch.save(last, interrupted)
+    train()
+    same_runs(workspace, finished)
+
+
+def test_changed_betas_take_effect_when_a_run_goes_on(interrupted, monkeypatch):
+    saved = torch.load(interrupted, weights_only=True)["adamw"]["state"]
+    update, betas = project.update, []
+
+    class Changed(torch.optim.AdamW):
+        def __init__(self, groups, betas, **options):
+            super().__init__(groups, betas=(0.6, 0.7), **options)
+
+    def spy(model, optimizers, *rest):
+        betas.append([group["betas"] for group in optimizers["adamw"].param_groups])
+        if len(betas) == 1:  # the state of the first step is what was saved
+            found = optimizers["adamw"].state.values()
+            for one, two in zip(found, saved.values(), strict=True):
+                assert torch.equal(one["exp_avg"], two["exp_avg"]) and one["exp_avg"].norm() > 0
+        return update(model, optimizers, *rest)
+
+    monkeypatch.setattr("torch.optim.AdamW", Changed)
+    monkeypatch.setattr(project, "update", spy)
+    train()
+    assert betas == [[(0.6, 0.7)] * 2] * 5
 
 
 @pytest.mark.parametrize("broken", ["evaluate", "generate_text", "write_plots"])
@@ -348,10 +439,10 @@ def test_what_fails_after_an_epoch_loses_nothing(broken, finished, workspace, mo
 
 def test_a_save_that_is_cut_short_leaves_the_checkpoint_before_it(workspace, model, monkeypatch):
     def save(number):
-        project.save_checkpoint(folder / "epoch_1", model, {"number": number}, "Once")
+        project.save_checkpoint(folder / "epoch_1", model, {"number": number})
 
     def save_last(number):
-        project.save_last(folder, number, {}, {"model": model}, torch.zeros(9, 5))
+        project.save_last(number, project.Settings(), {}, {"model": model}, torch.zeros(9, 5))
 
     folder = workspace / "checkpoints"
     save(1)
@@ -359,12 +450,57 @@ def test_a_save_that_is_cut_short_leaves_the_checkpoint_before_it(workspace, mod
     with monkeypatch.context() as patch:
         patch.setattr("os.fsync", lambda file: (_ for _ in ()).throw(OSError("no space left on device")))
         for saving in (save, save_last):
-            with pytest.raises(OSError, match="no space"):
+            with pytest.raises(OSError, match="cannot be saved, what was saved before is kept: no space"):
                 saving(2)
     assert json.loads((folder / "epoch_1" / "training.json").read_text())["number"] == 1
     project.load_checkpoint(folder / "epoch_1")
     assert torch.load(folder / "last.pt", weights_only=True)["record"]["step"] == 1
     assert sorted(path.name for path in folder.iterdir()) == ["epoch_1", "last.pt"]
+
+
+def test_only_the_weights_of_an_epoch_are_guarded(finished, tmp_path):
+    """Who edits, adds or removes another file of its folder does no harm."""
+    folder = shutil.copytree(finished / "checkpoints" / "epoch_2", tmp_path / "epoch_2")
+    expected = project.load_checkpoint(folder).state_dict()
+    (folder / "sample.txt").write_text("edited")
+    (folder / "README.md").write_text("added")
+    (folder / "more").mkdir()
+    (folder / "more" / "notes.txt").write_text("added")
+    (folder / "generation_config.json").unlink()
+    record = json.loads((folder / "training.json").read_text())
+    (folder / "training.json").write_text(json.dumps(record | {"note": "mine"}, indent=4))
+    for removed in (None, "sample.txt", "training.json"):
+        if removed:
+            (folder / removed).unlink()
+        found = project.load_checkpoint(folder).state_dict()
+        assert all(torch.equal(weight, expected[name]) for name, weight in found.items())
+
+
+@pytest.mark.parametrize("place", ["first", "middle", "last"])
+def test_a_flipped_bit_in_the_weights_is_noticed_unless_it_is_wanted(place, finished, tmp_path, refused):
+    folder = shutil.copytree(finished / "checkpoints" / "epoch_2", tmp_path / "epoch_2")
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    start = 8 + int.from_bytes(content[:8], "little")  # of the tensors; before it is their header
+    end = len(content) - 4
+    content[{"first": start, "middle": start + (end - start) // 8 * 4, "last": end}[place]] ^= 1  # the lowest bit
+    before = project.load_checkpoint(folder).state_dict()
+    (folder / "model.safetensors").write_bytes(content)
+
+    line = refused(lambda _: project.load_checkpoint(folder), "")
+    assert "model.safetensors is not as it was saved" in line and "weights_sha256" in line
+
+    record = json.loads((folder / "training.json").read_text())
+    del record["weights_sha256"]
+    (folder / "training.json").write_text(json.dumps(record))
+    after = project.load_checkpoint(folder).state_dict()
+    assert sum(int((after[name] != weight).sum()) for name, weight in before.items()) == 1
+
+
+def test_a_broken_training_json_is_refused_in_one_line(finished, tmp_path, refused):
+    folder = shutil.copytree(finished / "checkpoints" / "epoch_2", tmp_path / "epoch_2")
+    for content in (b"", b"{", b"\xff\xfe", b"[]", b"7"):
+        (folder / "training.json").write_bytes(content)
+        assert "training.json: cannot be read" in refused(lambda _: project.load_checkpoint(folder), "")
 
 
 def test_a_finished_run_is_reported_and_left_alone(finished, monkeypatch, capsys):
@@ -410,8 +546,9 @@ def test_a_broken_last_save_is_refused_in_one_line(spoiled, finished, workspace,
     if spoiled in contents:
         last.write_bytes(contents[spoiled])
     line = refused(project.main, TINY)
-    assert "checkpoints/last.pt: cannot be read" in line and "--overwrite" in line
-    assert "weights_only" not in line
+    assert "checkpoints/last.pt: " in line and "--overwrite" in line
+    assert ("no such file" if spoiled == "missing" else "cannot be read") in line.lower()
+    assert "weights_only" not in line and "Hub" not in line
     assert not (workspace / "owned").exists()
 
 
@@ -434,19 +571,15 @@ def test_a_last_save_of_something_else_is_refused_in_one_line(content, workspace
 
 
 @pytest.mark.parametrize("spoiled", ["model", "optimizer", "no optimizer"])
-def test_a_last_save_of_another_model_is_refused_in_one_line(spoiled, workspace, refused, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(project, "evaluate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            train()
-    last = torch.load("checkpoints/last.pt", weights_only=True)
+def test_a_last_save_of_another_model_is_refused_in_one_line(spoiled, interrupted, refused):
+    last = torch.load(interrupted, weights_only=True)
     if spoiled == "model":
         del last["model"]["lm_head.weight"]
     elif spoiled == "optimizer":
-        last[1]["param_groups"].pop()
+        last["muon"]["param_groups"].pop()
     else:
-        del last[1]
-    torch.save(last, "checkpoints/last.pt")
+        del last["muon"]
+    torch.save(last, interrupted)
     line = refused(project.main, TINY)
     assert "checkpoints/last.pt: cannot be read" in line and "--overwrite" in line
 
@@ -461,17 +594,17 @@ def test_max_steps_ends_the_run_and_the_decay_there(workspace, capsys):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(workspace, refused, monkeypatch):
-    forward, calls = project.GPT.forward, []
+    forward, calls = project.FoldedGPT.forward, []
 
-    def poisoned(model, input_ids, targets=None, cache=None):
+    def poisoned(model, input_ids, targets=None, **options):
         if targets is None:
-            return forward(model, input_ids, cache=cache)
-        loss, right = forward(model, input_ids, targets)
+            return forward(model, input_ids, **options)
+        loss, n_correct = forward(model, input_ids, targets)
         calls.append(torch.is_grad_enabled())
-        return (loss * float("nan") if sum(calls) == 15 else loss), right
+        return (loss * float("nan") if sum(calls) == 15 else loss), n_correct
 
     with monkeypatch.context() as patch:
-        patch.setattr(project.GPT, "forward", poisoned)
+        patch.setattr(project.FoldedGPT, "forward", poisoned)
         line = refused(project.main, [*TINY.split(), "--save-every", "0"])  # it tries to save after every step
     assert "step 8" in line and "not finite" in line and "last.pt is good, of step 7" in line
     weights = torch.load("checkpoints/last.pt", weights_only=True)["model"]
@@ -532,7 +665,7 @@ def test_a_trained_model_learns_to_end_its_stories(tokenizer, tmp_path):
     optimizers = project.make_optimizers(model, project.Settings(), torch.float32)
     for _ in range(150):
         backward(model, list(project.make_loader(ids, [[0], [1]])))
-        for optimizer in optimizers:
+        for optimizer in optimizers.values():
             optimizer.step()
             optimizer.zero_grad()
     assert project.generate_text(model, "Tom had", max_length=60) == texts[0]
@@ -566,7 +699,7 @@ def test_learning_rates_and_clipping_reach_the_optimizers(workspace, monkeypatch
     shares = [project.schedule(step, 10, 1) for step in range(10)]
     assert rates[::2] == [pytest.approx([0.01 * share, 0.001 * share]) for share in shares]
     assert rates[1::2] == [pytest.approx([0.03 * share] * 4) for share in shares]
-    more = read_run()[0].n_shared - 1  # tokens that have the gradient of the last row, too
+    more = project.fold_equal_rows(read_run()[0]).n_shared - 1  # tokens that have the gradient of the last row, too
     squares = zip(squares[::2], squares[1::2], shared_squares, strict=True)
     norms = [math.sqrt(a + b + more * c) for a, b, c in squares]
     assert norms == pytest.approx([0.01] * 10, rel=1e-3)
@@ -599,11 +732,7 @@ def test_more_epochs_than_points_of_the_curve(workspace):
     assert [step for step, _ in read_curve(workspace)] == [1]
 
 
-def test_a_prompt_that_does_not_fit_is_refused_when_a_run_goes_on(workspace, refused, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(project, "evaluate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            train()
+def test_a_prompt_that_does_not_fit_is_refused_when_a_run_goes_on(interrupted, refused):
     assert "--prompt" in refused(project.main, [*TINY.split(), "--prompt", "word " * 100])
 
 
@@ -638,3 +767,117 @@ def test_a_run_begun_with_the_built_in_stories_goes_on_with_them(workspace, monk
     shown = capsys.readouterr().out
     assert "continuing" in shown and "THE BUILT-IN STORIES" not in shown
     assert read_run()[1]["data"]["source"] == "built-in stories"
+
+
+# --- Mistakes of a programmer, who changes the script and has to see where it fails
+
+
+def plant(monkeypatch, place, good_calls=0):
+    """The function at place, such as GPT.__init__, raises an AttributeError, but for its first good_calls calls."""
+    *owner, name = place.split(".")
+    owner = getattr(project, owner[0]) if owner else project
+    function, calls = getattr(owner, name), []
+
+    def planted(*arguments, **options):
+        calls.append(place)
+        if len(calls) > good_calls:
+            raise AttributeError(f"planted in {place}")
+        return function(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, planted)
+
+
+IN_MODEL = "GPT.__init__ GPT.init_weights GPT.forward Block.forward FoldedGPT.__init__ FoldedGPT.forward".split()
+
+
+@pytest.mark.parametrize("place", IN_MODEL)
+def test_a_mistake_in_the_model_shows_where_it_is(place, workspace, monkeypatch):
+    plant(monkeypatch, place)
+    with pytest.raises(AttributeError, match=f"planted in {place}"):
+        project.run(lambda: project.main(TINY.split()))
+
+
+IN_READING = {"read_text": "my.txt", "read_lines": "my.jsonl", "read_table": "my.parquet", "saved_stories": "saved"}
+
+
+@pytest.mark.parametrize("place", [*IN_READING, "built_in_stories", "clean", "encode", "pad_batch", "step_batches"])
+def test_a_mistake_in_the_code_of_the_data_shows_where_it_is(place, stories, workspace, monkeypatch):
+    data = IN_READING.get(place, "my.txt")
+    if data == "my.txt":
+        project.Path(data).write_text("<|endoftext|>".join(stories["text"]))
+    elif data == "saved":
+        stories.save_to_disk(data)
+    elif data == "my.jsonl":
+        stories.to_json(data)
+    else:
+        stories.to_parquet(data)
+    data = "sample" if place == "built_in_stories" else data
+    plant(monkeypatch, place)
+    with pytest.raises(AttributeError, match=f"planted in {place}"):
+        project.run(lambda: project.main(TINY.replace("sample", data).replace("0.0067", "1").split()))
+
+
+IN_SAVING = {"to_gpt2": 1, "GPT.gpt2_state_dict": 1, "transposed": 1, "sha256": 1}  # good calls before the training
+IN_SAVING |= {"save_checkpoint": 0, "write_plots": 0, "save_last": 0, "Muon.state_dict": 0}
+
+
+@pytest.mark.parametrize(("place", "good_calls"), [*IN_SAVING.items(), ("flush", 0), ("flush", 4), ("flush", 8)])
+def test_a_mistake_in_the_saving_shows_where_it_is_and_loses_nothing(
+    place, good_calls, finished, workspace, monkeypatch
+):
+    """flush is called four times for the data, twice for last.pt, and then for each file of a checkpoint."""
+    with monkeypatch.context() as patch:
+        plant(patch, place, good_calls)
+        with pytest.raises(AttributeError, match=f"planted in {place}"):
+            project.run(lambda: project.main(TINY.split()))
+    assert (workspace / "checkpoints").is_dir() and not list(workspace.rglob("*.tmp"))
+    train()
+    same_runs(workspace, finished)
+
+
+def test_what_cannot_be_pickled_shows_so_and_what_was_saved_before_is_kept(model, workspace):
+    def save(record):
+        project.run(lambda: project.save_last(1, project.Settings(), record, {"model": model}, torch.zeros(9, 5)))
+
+    save({"good": True})
+    content = (workspace / "checkpoints" / "last.pt").read_bytes()
+    with pytest.raises((AttributeError, pickle.PicklingError), match="lambda"):
+        save({"forgotten": lambda: 0})
+    assert [path.name for path in (workspace / "checkpoints").iterdir()] == ["last.pt"]
+    assert (workspace / "checkpoints" / "last.pt").read_bytes() == content
+
+
+@pytest.mark.parametrize("place", ["GPT.__init__", "transposed", "FoldedGPT.__init__", "Block.forward", "next_ids"])
+def test_a_mistake_in_the_model_shows_where_it_is_when_a_checkpoint_is_loaded(place, finished, monkeypatch):
+    plant(monkeypatch, place)
+    with pytest.raises(AttributeError, match=f"planted in {place}"):
+        project.run(lambda: gpt2_generate.main(["--model", str(finished / "checkpoints")]))
+
+
+@pytest.mark.parametrize("mistake", ["a name", "a shape"])
+def test_the_compiler_hides_no_mistake_in_the_model(mistake, workspace, monkeypatch):
+    def forward(block, x, cache=None):
+        return x + block.no_such_layer(x) if mistake == "a name" else x @ block.mlp.c_proj.weight
+
+    monkeypatch.setattr(project.Block, "forward", forward)
+    kind, message = (AttributeError, "no_such_layer") if mistake == "a name" else (RuntimeError, "shapes")
+    with pytest.raises(kind, match=message) as error:
+        project.run(lambda: project.main(f"{TINY} --compile on".split()))
+    assert type(error.value) is kind  # and none of the compiler's
+
+
+def test_a_model_that_could_not_be_saved_is_an_error_before_the_first_step(tokenizer, workspace, monkeypatch):
+    class Larger(project.GPT):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.scale = torch.nn.Parameter(torch.ones(32))
+
+    steps = []
+    monkeypatch.setattr(project, "GPT", Larger)
+    monkeypatch.setattr(project, "update", lambda *_: steps.append(1))
+    with pytest.raises(ValueError, match="its weights are not a GPT-2's") as error:
+        project.run(lambda: project.main(TINY.split()))
+    assert "scale" in str(error.value.__cause__)
+    assert steps == [] and not (workspace / "checkpoints" / "last.pt").exists()
+    with pytest.raises(ValueError, match="its weights are not a GPT-2's"):
+        project.to_gpt2(Larger(make_config(tokenizer)))
