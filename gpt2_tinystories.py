@@ -56,8 +56,8 @@ BUILT_IN, N_BUILT_IN = "built-in stories", 12_000
 END_OF_STORY = "<|endoftext|>"
 IGNORE = -100  # the target of padding
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-RANK = int(os.environ.get("RANK", 0))  # of this process: the first one alone prints and writes
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # processes
+RANK = int(os.environ.get("RANK", 0)) if WORLD_SIZE > 1 else 0  # process 0 prints and writes
 
 # --- Settings: a field is a flag, a line of --help, an entry in training.json -------------------
 
@@ -87,7 +87,9 @@ class Flags:
 
     def __post_init__(self):
         for f in fields(self):
-            value = getattr(self, f.name)
+            value, choices = getattr(self, f.name), get_args(f.type)
+            is_choice = not choices or value in choices
+            require(is_choice, f.name, value, f"must be one of {', '.join(choices)}")
             require(f.metadata["is_allowed"](value), f.name, value, f"must be {f.metadata['rule']}")
 
 @dataclass(frozen=True)
@@ -151,11 +153,11 @@ def load_stories(data, cache_dir):
     path = Path(data)
     saved = path / "train" if (path / "train" / "state.json").exists() else path  # a DatasetDict
     if (saved / "state.json").exists():
-        stories, source = saved_stories(saved, data), path.name
+        stories, source = saved_stories(saved, data), path.absolute().name
     elif path.exists():
-        stories, source = stories_in_files(path, data, cache_dir), path.name
+        stories, source = stories_in_files(path, data, cache_dir), path.absolute().name
     else:
-        with reading(f"--data {data}", data):
+        with reading(f"--data {data}", hub_name=data):
             stories, source = load_dataset(path.as_posix(), split="train"), data
 
     kind = stories.features.get("text")
@@ -181,14 +183,16 @@ def built_in_stories():
     from datasets import Dataset
     try:
         from sample_stories import sample_stories
-    except ModuleNotFoundError:
+    except ModuleNotFoundError as error:
+        if error.name != "sample_stories":
+            raise
         raise InputError("--data sample: sample_stories.py is not beside the script") from None
     return Dataset.from_dict({"text": list(sample_stories(N_BUILT_IN))})
 
 def saved_stories(folder, data):
     """The stories of a save_to_disk folder, of any name and saved format, unlike load_from_disk."""
     from datasets import Dataset, concatenate_datasets
-    with reading(f"--data {data}", folder, NEEDED):
+    with reading(f"--data {data}", NEEDED):
         files = json.loads((folder / "state.json").read_text("utf-8"))["_data_files"]
         files = [str(folder / file["filename"]) for file in files]
         return concatenate_datasets([Dataset.from_file(file) for file in files])
@@ -197,7 +201,8 @@ def stories_in_files(path, data, cache_dir):
     """The stories of a file, or of a folder's .parquet files, of the split `train` if it has one.
     They are kept in cache_dir, under a name of the files' sizes and times."""
     paths = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
-    paths = [file for file in paths if re.search("/train", f"/{file.relative_to(path)}")] or paths
+    names = {file: f"/{file.relative_to(path).as_posix()}" for file in paths}
+    paths = [file for file in paths if "/train" in names[file]] or paths
     stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in paths]
     cache = Path(cache_dir, f"stories-{digest(repr(stats).encode())}.arrow")
     return arrow_file(cache, {"text": "large_string"}, read_files(paths, data))
@@ -212,7 +217,7 @@ def read_files(paths, data):
         texts = (text for path in paths for text in readers[path.suffix.lower()](path))
         while some := list(islice(texts, 100)):
             yield {"text": pyarrow.array(some, pyarrow.large_string())}
-    except MemoryError:
+    except MemoryError:  # Arrow's is an ArrowException, too
         raise
     except (InputError, OSError, UnicodeError, pyarrow.ArrowException) as error:
         raise InputError(f"--data {data}: cannot be read: {error}{NEEDED}") from error
@@ -250,18 +255,18 @@ def read_table(path):
         for rows in table.iter_batches(100, columns=["text"]):
             yield from rows.column("text").to_pylist()
 
-def arrow_file(path, schema, batches):
-    """The datasets.Dataset in an Arrow file, written from batches of columns if it is not there.
-    (Where a run is killed in Dataset.map, its temporary file is never removed.)"""
+def arrow_file(path, schema, columns):
+    """The datasets.Dataset in an Arrow file, which is written from columns if it is not there. (Not
+    Dataset.map, whose temporary file stays for good where a run is killed.)"""
     import pyarrow
     from datasets import Dataset
     if not path.exists():
         schema = pyarrow.schema(list(schema.items()))
         with (whole_or_absent(path) as new, pyarrow.OSFile(str(new), "wb") as sink,
               pyarrow.ipc.new_stream(sink, schema) as writer):
-            for batch in batches:
-                writer.write_batch(pyarrow.record_batch(batch, schema))
-    with reading(path, path, "; delete it"):
+            for some in columns:
+                writer.write_batch(pyarrow.record_batch(some, schema))
+    with reading(path, "; delete it"):
         return Dataset.from_file(str(path))
 
 def clean(text):
@@ -283,8 +288,9 @@ def split_stories(stories, settings):
     for i, text in enumerate(texts):
         hashes[i] = int(digest(text.encode()), 16) if text else 0
 
-    _, first = np.unique(hashes, return_index=True)  # the first story of each text
-    kept = rng.permutation(np.sort(first[hashes[first] != 0]))  # without the empty ones
+    _, firsts = np.unique(hashes, return_index=True)  # the first story of each text
+    kept = np.sort(firsts[hashes[firsts] != 0])  # without the empty ones
+    kept = rng.permutation(kept)
     n_test = max(1, round(settings.test_fraction * len(kept)))
     rule = (f"{len(stories)} stories, of which --fraction {settings.fraction} leaves {len(kept)}: "
             f"too few (a .txt needs {END_OF_STORY} between)")
@@ -292,9 +298,10 @@ def split_stories(stories, settings):
 
     test, train = np.sort(kept[:n_test]), np.sort(kept[n_test:])
     n_empty = int((hashes == 0).sum())
+    fingerprint = digest(hashes[np.concatenate((train, test))].tobytes() + b"%d" % len(train))
     counts = {"stories": len(stories), "train_stories": len(train), "test_stories": n_test,
               "empty": n_empty, "duplicates": n_chosen - n_empty - len(kept),
-              "fingerprint": digest(hashes[np.concatenate((train, test))].tobytes())}
+              "fingerprint": fingerprint}
     return chosen.select(train), chosen.select(test), counts
 
 def digest(content):
@@ -310,7 +317,8 @@ def load_tokenizer(name, stories=None, what="--tokenizer"):
         texts = ([clean(text)[:10_000] for text in rows["text"]] for rows in stories.iter(100))
         return GPT2Tokenizer().train_new_from_iterator(texts, size, show_progress=False)
 
-    with reading(f"{what} {name}", name, "; bpe:4096 needs no network" if stories else ""):
+    hint = "; bpe:4096 needs no network" if stories else ""
+    with reading(f"{what} {name}", hint, hub_name=name):
         tokenizer = AutoTokenizer.from_pretrained(name)
     # Where files are missing, some versions of transformers return an empty tokenizer.
     if len(tokenizer) <= 1 or not tokenizer.is_fast or tokenizer.eos_token_id is None:
@@ -335,7 +343,7 @@ def encode_stories(stories, tokenizer, n_positions, path):
     import pyarrow
     end, n_ids = tokenizer.eos_token_id, n_positions + 1
 
-    def batches():
+    def columns():
         # Of a very long story a first part has all the tokens that are kept.
         n_characters = max(10_000, n_ids * max(map(len, tokenizer.get_vocab())))
         for rows in tqdm(stories.iter(100), "tokenising", -(-len(stories) // 100)):
@@ -345,25 +353,26 @@ def encode_stories(stories, tokenizer, n_positions, path):
             yield {"ids": [ids[:n_ids] for ids in encoded], "is_cut": is_cut}
 
     id_type = pyarrow.uint16() if vocab_size_of(tokenizer) <= 1 << 16 else pyarrow.int32()
-    table = arrow_file(path, {"ids": pyarrow.list_(id_type), "is_cut": "bool"}, batches()).data
+    table = arrow_file(path, {"ids": pyarrow.list_(id_type), "is_cut": "bool"}, columns()).data
     ids = table.column("ids")
     lengths = np.concatenate([np.diff(chunk.offsets) - 1 for chunk in ids.chunks])
     return Tokens(ids, lengths, int(np.sum(table.column("is_cut"))))
 
 def prepare_data(settings, data, tokenizer=None):
     """(train_set, test_set, tokenizer, counts): the Tokens of the stories that data names."""
-    folder, n_positions = Path(settings.checkpoints, "data"), settings.n_positions
-    stories, source = load_stories(data, folder)
+    cache_dir, n_positions = Path(settings.checkpoints, "data"), settings.n_positions
+    stories, source = load_stories(data, cache_dir)
     train_stories, test_stories, counts = split_stories(stories, settings)
     if not tokenizer:
         usual = "bpe:4096" if source == BUILT_IN else "gpt2"
         name = usual if settings.tokenizer == "auto" else settings.tokenizer
         tokenizer = load_tokenizer(name, train_stories)
 
-    tokenizer_digest = digest(tokenizer.backend_tokenizer.to_str().encode())
+    tokenizer_text = f"{tokenizer.eos_token_id} {tokenizer.backend_tokenizer.to_str()}"
+    tokenizer_digest = digest(tokenizer_text.encode())
     key = f"{counts['fingerprint']}-{tokenizer_digest}-{n_positions}.arrow"
-    train_set = encode_stories(train_stories, tokenizer, n_positions, folder / f"train-{key}")
-    test_set = encode_stories(test_stories, tokenizer, n_positions, folder / f"test-{key}")
+    train_set = encode_stories(train_stories, tokenizer, n_positions, cache_dir / f"train-{key}")
+    test_set = encode_stories(test_stories, tokenizer, n_positions, cache_dir / f"test-{key}")
     n_train, n_test = len(train_set.lengths), len(test_set.lengths)
     require(n_train and n_test, "tokenizer", settings.tokenizer, "knows nothing of the stories")
 
@@ -387,7 +396,7 @@ def epoch_batches(lengths, batch_size, seed, epoch):
 
 def step_batches(lengths, settings, steps_per_epoch, first_step=0):
     """Yield the batches of each optimizer step, of all processes, from first_step on."""
-    per_step = settings.accum_steps * WORLD_SIZE
+    per_step = settings.accum_steps * WORLD_SIZE  # batches
     epochs_done, steps_done = divmod(first_step, steps_per_epoch)
     for epoch in count(epochs_done + 1):
         batches = epoch_batches(lengths, settings.batch_size, settings.seed, epoch)
@@ -430,8 +439,8 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:  # the tokens before
             k = cache["k"] = torch.cat((cache["k"], k), dim=2)
             v = cache["v"] = torch.cat((cache["v"], v), dim=2)
-        # A single token may look at everything before it.
         dropout_p = self.attn_pdrop if self.training else 0.0
+        # With a filled cache there is one token, which may look at everything before it.
         x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=T > 1)
         return self.c_proj(x.transpose(1, 2).reshape(B, T, C))
 
@@ -453,8 +462,8 @@ class Block(nn.Module):
         return x + self.drop(self.mlp(self.ln_2(x)))
 
 class GPT(nn.Module):
-    """GPT-2 with fixed sinusoids as positions. config: a transformers.GPT2Config, which says
-    whether the head is tied; tokenizer: for generate_text."""
+    """GPT-2. A new one has sinusoids as positions, which are not trained. config: a
+    transformers.GPT2Config, which says whether the head is tied; tokenizer: for generate_text."""
 
     def __init__(self, config, tokenizer=None):
         super().__init__()
@@ -473,7 +482,7 @@ class GPT(nn.Module):
         self.init_weights(config.initializer_range)
 
     def init_weights(self, std):
-        """Matrices of N(0, std^2), those whose results the blocks add up smaller; no biases."""
+        """Biases are 0, matrices N(0, std^2), and c_proj, whose results add up, smaller."""
         n_added = 2 * self.config.n_layer
         for name, weight in self.named_parameters():
             if name.endswith("bias"):
@@ -490,6 +499,8 @@ class GPT(nn.Module):
         number of correct guesses, both summed over the real tokens. With a cache, at first an
         empty_cache, each further call takes one more token."""
         n_cached = 0 if cache is None else cache[0]["k"].size(2)
+        if n_cached and input_ids.size(1) > 1:
+            raise ValueError("a cache with tokens takes one more at a time")
         positions = torch.arange(n_cached, n_cached + input_ids.size(1), device=input_ids.device)
         x = self.transformer.wte(input_ids) + self.transformer.wpe(positions)  # (B, T, C)
         x = self.transformer.drop(x)
@@ -513,7 +524,8 @@ class GPT(nn.Module):
         return [{"k": empty, "v": empty} for _ in self.transformer.h]
 
     def clip_gradients(self, max_norm):
-        """Scale all gradients down to a norm of max_norm at most. Returns the norm before."""
+        """Scale all gradients down to this norm, if theirs is larger; returns theirs. (This and the
+        next are methods because the folded vocabulary, below, has its own.)"""
         return nn.utils.clip_grad_norm_(self.parameters(), max_norm)
 
     def gpt2_state_dict(self):
@@ -544,9 +556,7 @@ def evaluation_mode(model):
 @dataclass(frozen=True)
 class Sampling(Flags):
     """How the next token is chosen."""
-    method: Literal["greedy", "sample"] = flag(
-        "greedy", "take the likeliest token, or draw one",
-        lambda x: x in ("greedy", "sample"), "greedy or sample")
+    method: Literal["greedy", "sample"] = flag("greedy", "take the likeliest token, or draw one")
     temperature: float = flag(1.0, "for sample: below 1 plainer, above 1 wilder", *ABOVE_0)
     top_k: int = flag(0, "for sample: draw from so many likeliest tokens; 0: from all", *AT_LEAST_0)
     top_p: float = flag(
@@ -655,16 +665,16 @@ def make_optimizers(model, settings, dtype):
 
     rate = settings.learning_rate
     vectors = group_of(weights_of(model, n_dims=1), rate, decay=0.0)
-    muon_groups = []
     if settings.init:
-        matrices = group_of(weights_of(model, n_dims=2), rate)
+        groups, muon_groups = [group_of(weights_of(model, n_dims=2), rate), vectors], []
     else:
-        matrices = group_of((model.transformer.wte.weight, model.lm_head.weight), 10 * rate)
+        embeddings = group_of((model.transformer.wte.weight, model.lm_head.weight), 10 * rate)
         of_layers = [weights_of(block, n_dims=2) for block in model.transformer.h]
-        for weights in zip(*of_layers, strict=True):  # the same matrix of every layer
-            muon_groups.append(group_of(weights, settings.muon_learning_rate))
+        of_same_place = zip(*of_layers, strict=True)  # the same matrix of every layer
+        groups = [embeddings, vectors]
+        muon_groups = [group_of(some, settings.muon_learning_rate) for some in of_same_place]
 
-    optimizers = {"adamw": torch.optim.AdamW([matrices, vectors], betas=(0.9, 0.99), fused=True)}
+    optimizers = {"adamw": torch.optim.AdamW(groups, betas=(0.9, 0.99), fused=True)}
     if muon_groups:
         optimizers["muon"] = Muon(muon_groups, dtype)
     check_that_all_are_trained(model, optimizers)
@@ -732,7 +742,7 @@ def orthogonalize(x, dtype):
 
 # The columns of metrics, which has a row for each optimizer step: sums over its tokens, in all
 # processes; the norm of its gradient; its seconds.
-LOSS, N_CORRECT, N_TOKENS, NORM, SECONDS = range(5)
+LOSS, N_CORRECT, N_TOKENS, NORM, SECONDS = COLUMNS = range(5)
 
 def train(model, train_set, test_set, settings, record, precision):
     """Train from record["step"], where save_last was, to the last step."""
@@ -740,7 +750,7 @@ def train(model, train_set, test_set, settings, record, precision):
     autocast = torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     optimizers = make_optimizers(model, settings, DTYPES[precision])
-    metrics = torch.zeros(n_steps, 5, device=device)
+    metrics = torch.zeros(n_steps, len(COLUMNS), device=device)
     state = {"model": model, "scaler": scaler} | optimizers
     if record["step"]:
         restore(state, metrics, record)
@@ -752,13 +762,13 @@ def train(model, train_set, test_set, settings, record, precision):
         train_set.lengths, settings, record["steps_per_epoch"], record["step"])
     say_what_is_trained(record, device, precision)
 
-    signals, step_began = [], time.monotonic()
-    last_save = step_began
+    signals, last_save = [], time.monotonic()
     with progress_bar(record) as bar, on_signals(signals.append):
         if record["step"] == end_of_epoch(record):  # it was interrupted before its evaluation
             finish_epoch(model, test_loader, settings, record, state, metrics)
 
         for step in range(record["step"], n_steps):
+            step_began = time.monotonic()
             # Dropout depends on the step and the process alone.
             torch.manual_seed((settings.seed * 1_000_003 + step) * WORLD_SIZE + RANK)
             for group in groups_of(optimizers):
@@ -769,27 +779,25 @@ def train(model, train_set, test_set, settings, record, precision):
             batches = make_loader(train_set.ids, own_share(window))
             sums = all_reduce_sum(backward(learner, batches, n_tokens, autocast, scaler))
             norm = update(model, optimizers, settings.grad_clip, scaler)
-
             metrics[step, LOSS], metrics[step, N_CORRECT] = sums
             metrics[step, N_TOKENS], metrics[step, NORM] = n_tokens, norm
-            metrics[step, SECONDS] = time.monotonic() - step_began
-            bar.update()
 
             ended = step + 1 == end_of_epoch(record)
-            is_time = time.monotonic() - last_save > 60 * settings.save_every
+            is_time = step_began - last_save > 60 * settings.save_every
             stop, due = any_process(step, bool(signals), is_time)
             if ended or stop or due or step % 10 == 0:
-                check_and_show(metrics[: step + 1], record, bar)
-            step_began = time.monotonic()
-            if ended or stop or due:
+                check_finite(metrics[: step + 1], record)  # waits for the device
+            metrics[step, SECONDS] = time.monotonic() - step_began
+            show_step(bar, step, metrics)
+
+            if ended or stop or due:  # before an evaluation, too: whatever happens there is no loss
                 save_last(step + 1, settings, record, state, metrics)
-                step_began = last_save = time.monotonic()
+                last_save = time.monotonic()
             if stop:
                 number = max(signals, default=signal.SIGTERM)  # another process may have got it
                 raise KeyboardInterrupt(number, f"saved after step {step + 1:,} of {n_steps:,}")
             if ended:
                 finish_epoch(model, test_loader, settings, record, state, metrics)
-                step_began = time.monotonic()
 
 def backward(learner, batches, n_tokens, autocast, scaler):
     """Add up the gradients of batches: those of the mean loss over n_tokens real tokens, of all
@@ -822,7 +830,8 @@ def update(model, optimizers, grad_clip, scaler):
     return torch.zeros_like(norm) if is_skipped and scaler.get_scale() >= 1 else norm
 
 def make_learner(model, batch, settings, autocast, scaler):
-    """What backward takes: the model, compiled if that works on a batch, in all processes."""
+    """What backward takes: the model, compiled if that works on a batch (each process tries), and
+    joined with those of the other processes."""
     learner = model.train()
     if settings.compile == "on" or (settings.compile == "auto" and model.device.type == "cuda"):
         try:
@@ -834,29 +843,33 @@ def make_learner(model, batch, settings, autocast, scaler):
         model.zero_grad()
     if WORLD_SIZE > 1:
         learner = DistributedDataParallel(learner, gradient_as_bucket_view=True)
-        learner.broadcast_buffers = False  # those of the folded vocabulary never change
+        learner.broadcast_buffers = False  # they never change; PyTorch warns of it as an argument
     return learner
 
 def end_of_epoch(record):
     """The step after which the present epoch is over."""
     return min((len(record["epochs"]) + 1) * record["steps_per_epoch"], record["n_steps"])
 
-def check_and_show(metrics, record, bar):
-    """Show the figures of the last steps. Raises InputError where one is not finite."""
+def check_finite(metrics, record):
+    """Raise InputError where a figure of the steps is not finite."""
     if len(bad := (~metrics.isfinite().all(1)).nonzero()):
         if RANK:
             sys.exit(2)  # process 0 says the same
         saved = f"last.pt is good, of step {record['step']}" if record["step"] else "none was saved"
         raise InputError(f"step {int(bad[0]) + 1}: the loss or its gradient is not finite, the run "
                          f"stops; {saved}. Try smaller learning rates, or --precision fp32")
-    sums = metrics[-100:].sum(0).tolist()
-    loss, tokens_per_second = sums[LOSS] / sums[N_TOKENS], sums[N_TOKENS] / sums[SECONDS]
-    bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s", refresh=False)
+
+def show_step(bar, step, metrics):
+    bar.update()
+    if step % 10 == 0:
+        sums = metrics[max(0, step - 99) : step + 1].sum(0).tolist()
+        loss, speed = sums[LOSS] / sums[N_TOKENS], sums[N_TOKENS] / sums[SECONDS]
+        bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
 
 def finish_epoch(model, test_loader, settings, record, state, metrics):
     """Evaluate, and save: the model before all else."""
     epoch, step = len(record["epochs"]) + 1, end_of_epoch(record)
-    test_loss, test_accuracy = evaluate(model, test_loader)  # in fp32, on CUDA with TF32
+    test_loss, test_accuracy = evaluate(model, test_loader)  # in fp32 or, on CUDA, TF32
     metrics_so_far = metrics[:step].cpu().double().numpy()
     sums = metrics_so_far[(epoch - 1) * record["steps_per_epoch"] :].sum(0).tolist()
     record["epochs"].append({
@@ -898,7 +911,7 @@ def say_what_is_trained(record, device, precision):
     say("stories    {train_stories:,} to train, {test_stories:,} to test, of {stories:,} from "
         "{source} (--fraction {fraction}); dropped {empty:,} empty ones and {duplicates:,} "
         "duplicates\ntokens     {train_tokens:,} to train; {stories_cut:,} stories were cut "
-        "(--n-positions {n_positions})".format(**record["settings"] | record["data"]))
+        "(--n-positions {n_positions})".format(**(record["settings"] | record["data"])))
     say(f"model      {record['parameters'] / 1e6:.1f} M parameters, on {WORLD_SIZE} x {device} in "
         f"{precision}; {record['n_steps']:,} steps")
 
@@ -948,7 +961,7 @@ class FoldedGPT(GPT):
         is_real = targets != IGNORE
         target = self.token_to_row[targets * is_real]
         log_n = self.log_n[target]
-        # A guess that is the shared row is one of many tokens, and never a correct one.
+        # A guess that is the shared row, log n > 0, is one of many tokens, and never correct.
         n_correct = ((logits.argmax(-1) == target) & is_real & (log_n == 0)).sum()
         # Each of n tokens has an n-th of their row's probability.
         logits = (logits + self.log_n).flatten(0, 1)
@@ -1038,7 +1051,7 @@ def load_checkpoint(name, device="cpu", **changes):
     config = load_config(name, changes, hint)
     check_sha256(Path(name))
     options = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
-    with reading(name, name, hint):
+    with reading(name, hint, hub_name=name):
         try:
             gpt2, report = GPT2LMHeadModel.from_pretrained(name, config=config, **options)
         except RuntimeError:
@@ -1061,11 +1074,11 @@ def load_checkpoint(name, device="cpu", **changes):
 
 def load_config(name, changes, hint):
     from transformers import GPT2Config
-    with reading(name, name, hint):
+    with reading(name, hint, hub_name=name):
         values = GPT2Config.get_config_dict(name)[0]
         for key in ("auto_map", "task_specific_params"):  # a stranger's code and habits
             values.pop(key, None)
-        config = GPT2Config(**values | changes)
+        config = GPT2Config(**(values | changes))
     for key, usual in GPT2_MATH.items():
         if values.get(key, usual) != usual:
             raise InputError(f"{name}: {key} is {values[key]}, and only {usual} is known here")
@@ -1079,7 +1092,7 @@ def check_sha256(folder):
     if not (training_json.is_file() and weights.is_file()):  # somebody else's
         return
     hint = "; without this file, the weights are not checked"
-    with reading(training_json, training_json, hint):
+    with reading(training_json, hint):
         expected = json.loads(training_json.read_bytes()).get("weights_sha256")
     if expected not in (None, sha256(weights)):
         raise InputError(f"{weights} is not as it was saved; if it was changed on purpose, delete "
@@ -1102,7 +1115,7 @@ def read_last(folder):
     path = folder / "last.pt"
     if not (path.exists() or saved_epochs(folder)):
         return {"record": {}}
-    with reading(path, folder, OVERWRITE):
+    with reading(path, OVERWRITE):
         with zipfile.ZipFile(path) as archive:  # whose checksums torch.load does not look at
             if damaged := archive.testzip():
                 raise ValueError(f"{damaged} is damaged")
@@ -1116,18 +1129,18 @@ def restore(state, metrics, record):
     """Continue where save_last was. The constants of the optimizers are those of the script."""
     last_pt = Path(record["settings"]["checkpoints"], "last.pt")
     last = read_last(last_pt.parent)
+    say(f"continuing the interrupted run from its last save, after step {record['step']:,}")
+    if last["record"]["script_sha256"] != record["script_sha256"]:
+        say("script     is not the one that began this run: from here on, it trains as it is now")
     optimizers = [part for part in state.values() if isinstance(part, torch.optim.Optimizer)]
     constants = [[dict(group) for group in optimizer.param_groups] for optimizer in optimizers]
     for name, part in state.items():
-        with reading(last_pt, last_pt, OVERWRITE):
+        with reading(last_pt, OVERWRITE):
             part.load_state_dict(last[name] or part.state_dict())  # of a scaler not used it is {}
     for optimizer, groups in zip(optimizers, constants, strict=True):
         for group, values in zip(optimizer.param_groups, groups, strict=True):
             group.update(values)
     metrics[: record["step"]] = last["metrics"]
-    say(f"continuing the interrupted run from its last save, after step {record['step']:,}")
-    if last["record"]["script_sha256"] != record["script_sha256"]:
-        say("script     is not the one that began this run: from here on, it trains as it is now")
 
 def saved_epochs(folder):
     """The folders of the epochs in a checkpoints folder, in their order."""
@@ -1136,17 +1149,17 @@ def saved_epochs(folder):
 
 def best_epoch(folder):
     """Of the epochs in a run's folder that of the lowest test loss; of another folder, itself."""
-    def test_loss(epoch):
-        with reading(epoch, epoch, "; another epoch can be named instead of the run"):
+    def lowest(epoch):
+        with reading(epoch, "; another epoch can be named instead of the run"):
             return json.loads((epoch / "training.json").read_bytes())["epochs"][-1]["test_loss"]
 
     epochs = [] if Path(folder, "config.json").exists() else saved_epochs(folder)
-    return min(epochs, key=test_loss, default=folder)
+    return min(epochs, key=lowest, default=folder)
 
 @contextmanager
 def whole_or_absent(path):
     """Inside, a file or folder is written under the name that this yields. Afterwards it is on the
-    disk under the name path; where anything fails, what has that name stays as it was."""
+    disk under the name path; where anything fails, a file that has that name stays as it was."""
     new = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1195,6 +1208,7 @@ def write_plots(folder, record, metrics):
           open(path, "w", encoding="utf-8", newline="") as file):
         writer = csv.DictWriter(file, list(epochs[0]))
         writer.writeheader()
+        # Rows of points in the middle of epochs, of two columns, and then the whole ones of epochs.
         points = zip(ends.tolist(), curve.tolist(), strict=True)
         writer.writerows({"step": step, "train_loss": loss} for step, loss in points)
         writer.writerows(epochs)
@@ -1203,7 +1217,7 @@ def write_plots(folder, record, metrics):
     from matplotlib.figure import Figure
     figure = Figure(figsize=(15, 4.5), layout="constrained")
     figure.suptitle("{0:.1f} M parameters, {train_stories:,} training stories from {source}"
-                    .format(record["parameters"] / 1e6, **record["data"]))
+                    .format(record["parameters"] / 1e6, **record["data"]), parse_math=False)
     steps = [epoch["step"] for epoch in epochs]
     loss, accuracy, perplexity = figure.subplots(1, 3, sharex=True)
     loss.plot(ends, curve, color="C0", label="training")
@@ -1260,11 +1274,11 @@ def must_match(settings):
 def refuse_another_run(before, now, folder):
     """May the run continue whose record is before? Only with the values of now that it has had."""
     then = before.get("must_match", now)
-    changes = [f"{name} was {then.get(name)}, is {value}" for name, value in now.items()
-               if then.get(name) != value]
-    if changes:
-        raise InputError(f"{folder} holds another run ({', '.join(changes)}): --overwrite starts "
-                         "over, other --checkpoints and --plots keep it")
+    differences = [f"{name} was {then.get(name)}, is {value}" for name, value in now.items()
+                   if then.get(name) != value]
+    if differences:
+        raise InputError(f"{folder} holds another run ({', '.join(differences)}): --overwrite "
+                         "starts over, other --checkpoints and --plots keep it")
 
 def data_to_use(settings, before):
     """--data; but a run that began with the built-in stories for want of others keeps to them."""
@@ -1300,8 +1314,8 @@ def dropout_rates(settings):
 
 def new_record(settings, counts, before):
     """What training.json holds; of a continued run with the step and the epochs that it has."""
-    per_step = settings.batch_size * settings.accum_steps * WORLD_SIZE
-    steps_per_epoch = math.ceil(counts["train_stories"] / per_step)
+    stories_per_step = settings.batch_size * settings.accum_steps * WORLD_SIZE
+    steps_per_epoch = math.ceil(counts["train_stories"] / stories_per_step)
     of_data = {name: counts[name] for name in ("stories", "fingerprint", "tokenizer")}
     versions = {name: str(sys.modules[name].__version__)
                 for name in ("torch", "transformers", "datasets")}
@@ -1321,7 +1335,7 @@ def clear_folders(settings, is_new):
     if is_new and not saved_epochs(settings.checkpoints) and any(plots.glob("training_metrics.*")):
         say(f"warning    replaces the plots of another run in {plots}; other --plots keep them")
     if settings.overwrite and RANK == 0:
-        for path in (*saved_epochs(settings.checkpoints), Path(settings.checkpoints, "last.pt")):
+        for path in (Path(settings.checkpoints, "last.pt"), *saved_epochs(settings.checkpoints)):
             remove(path)
 
 def result(record):
@@ -1348,17 +1362,18 @@ def parse(flags_class, description, argv=None):
     given = vars(parser.parse_args(argv))
     if given.get("init"):
         for name in sorted(given.keys() & SET_BY_INIT):
-            require(False, name, given[name], f"cannot be chosen with --init {given['init']}")
+            rule = f"cannot be chosen with --init {given['init']}"
+            raise InputError(f"--{name.replace('_', '-')} {given[name]}: {rule}")
     return flags_class(**given)
 
 NO_MEMORY = "MemoryError|out of memory|allocate memory|enough memory"  # on a CPU in a RuntimeError
 
 @contextmanager
-def reading(what, path, hint=""):
-    """Around a library's call that reads something of the user's, from a path or, where there is
-    none, from the Hub: what is wrong with it is told in one line, which begins with what. Never
+def reading(what, hint="", hub_name=None):
+    """Around a library's call that reads something of the user's: what is wrong with it is told in
+    one line, from what to hint. hub_name: a path or, where there is none, a name on the Hub. Never
     around our own code, whose mistakes are to show where they are."""
-    is_here = Path(path).exists()
+    is_here = not hub_name or Path(hub_name).exists()
     is_offline = not is_here and not hub_answers()
     try:
         yield
@@ -1408,15 +1423,15 @@ def run(main, hint=""):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)
     except KeyboardInterrupt as error:
-        number, state = error.args or (signal.SIGINT, "interrupted")
-        message, code = state + hint, 128 + number
+        number, text = error.args or (signal.SIGINT, "interrupted")
+        message, code = text + hint, 128 + number
     except (InputError, OSError) as error:  # OSError: a full disk
         message, code = str(error), 2 if isinstance(error, InputError) else 1
     except (MemoryError, RuntimeError) as error:
         if not re.search(NO_MEMORY, repr(error)):
             raise
         message, code = "out of memory; halve --batch-size and double --accum-steps", 2
-    if RANK == 0 or (dist.is_initialized() and code < 128):  # else all say the same
+    if RANK == 0 or (dist.is_initialized() and code < 128):  # before that, all say the same
         print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
 
@@ -1429,7 +1444,7 @@ def on_signals(handle):
     under nohup. A second one ends the process."""
     def handler(number, _frame):
         signal.signal(number, signal.SIG_DFL)
-        handle(number)
+        handle(number)  # may raise
         try:
             os.write(2, b"" if RANK else b"\nstopping after this step; once more: at once\n")
         except OSError:  # the terminal has gone, and nothing may fail for that now
@@ -1514,13 +1529,13 @@ def all_reduce_sum(tensor):
 
 EXCHANGE_EVERY = 10  # steps, for what several processes need not know at once
 
-def any_process(step, *flags):
-    """Of each flag, whether it is set in any process; of several, False between two exchanges."""
+def any_process(step, *conditions):
+    """Of each condition, whether it holds in any process; of several, False between exchanges."""
     if WORLD_SIZE == 1:
-        return flags
+        return conditions
     if step % EXCHANGE_EVERY:
-        return [False] * len(flags)
-    return [n > 0 for n in all_reduce_sum(torch.tensor(flags, dtype=torch.int)).tolist()]
+        return [False] * len(conditions)
+    return [n > 0 for n in all_reduce_sum(torch.tensor(conditions, dtype=torch.int)).tolist()]
 
 def refuse_other_processes(prepared):
     """Raise InputError if another process has prepared something else."""
