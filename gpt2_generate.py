@@ -56,9 +56,11 @@ class Settings(Sampling):
         super().__post_init__()
         is_text = self.prompt and all(isinstance(t, str) and t.strip() for t in self.prompt)
         require(is_text, "prompt", list(self.prompt), "must be texts, none of them empty")
+        for_greedy = {f.name for f in fields(self)} - {f.name for f in fields(Sampling)}
+        for_greedy = for_greedy - {"num_samples", "seed"} | {"method", "repetition_penalty"}
         for f in fields(self):
+            is_used = self.method == "sample" or f.name in for_greedy
             value = getattr(self, f.name)
-            is_used = self.method == "sample" or not f.metadata["help"].startswith("for sample")
             require(is_used or value == f.default, f.name, value, "needs --method sample")
 
 

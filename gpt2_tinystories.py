@@ -77,9 +77,9 @@ AT_LEAST_1 = (lambda x: x >= 1, "at least 1")
 AT_LEAST_2 = (lambda x: x >= 2, "at least 2")
 AT_LEAST_0 = (lambda x: 0 <= x < math.inf, "0 or more")
 ABOVE_0 = (lambda x: 0 < x < math.inf, "above 0")
-SHARE = (lambda x: 0 < x <= 1, "above 0, at most 1")
-PART = (lambda x: 0 < x < 1, "above 0, below 1")
-RATE = (lambda x: 0 <= x < 1, "0 or more, below 1")
+TO_1 = (lambda x: 0 < x <= 1, "above 0, at most 1")
+BELOW_1 = (lambda x: 0 < x < 1, "above 0, below 1")
+FROM_0_BELOW_1 = (lambda x: 0 <= x < 1, "0 or more, below 1")
 SEED = (lambda x: 0 <= x < 2**32, "0 to 2**32 - 1")
 
 class Flags:
@@ -95,8 +95,8 @@ class Flags:
 @dataclass(frozen=True)
 class Settings(Flags):
     data: str = flag("auto", "auto, sample, a save_to_disk folder, a file, or a Hub id")
-    fraction: float = flag(0.1, "share of the stories that is used", *SHARE)
-    test_fraction: float = flag(0.1, "share of those that is held out for testing", *PART)
+    fraction: float = flag(0.1, "share of the stories that is used", *TO_1)
+    test_fraction: float = flag(0.1, "share of those that is held out for testing", *BELOW_1)
     tokenizer: str = flag("auto", "Hub id, folder, bpe:SIZE; auto: gpt2, or bpe:4096 for sample")
     init: str = flag("", "GPT-2 to tune, folder or Hub id; it brings its sizes and tokenizer")
     n_positions: int = flag(256, "longest story in tokens; longer ones are cut", *AT_LEAST_2)
@@ -104,7 +104,7 @@ class Settings(Flags):
     n_layer: int = flag(2, "decoder layers", *AT_LEAST_1)
     n_head: int = flag(12, "attention heads of a layer", *AT_LEAST_1)
     n_inner: int = flag(1536, "width of the feed-forward layers", *AT_LEAST_1)
-    dropout: float = flag(0.0, "share of the activations dropped in training", *RATE)
+    dropout: float = flag(0.0, "share of activations dropped in training", *FROM_0_BELOW_1)
     epochs: int = flag(5, "passes over the training stories", *AT_LEAST_1)
     batch_size: int = flag(8, "stories in a batch, in each process", *AT_LEAST_1)
     accum_steps: int = flag(2, "batches accumulated in an optimizer step", *AT_LEAST_1)
@@ -130,7 +130,7 @@ class Settings(Flags):
         rule = f"must be even, and a multiple of --n-head {self.n_head}"
         require(is_divisible, "n_embd", self.n_embd, rule)
 
-SET_BY_INIT = {"tokenizer", "n_embd", "n_layer", "n_head", "n_inner", "muon_learning_rate"}
+NOT_WITH_INIT = {"tokenizer", "n_embd", "n_layer", "n_head", "n_inner", "muon_learning_rate"}
 
 # What may change when a run is continued. Of the data, the stories and the tokenizer are compared,
 # of accum_steps its product with the number of processes.
@@ -190,7 +190,8 @@ def built_in_stories():
     return Dataset.from_dict({"text": list(sample_stories(N_BUILT_IN))})
 
 def saved_stories(folder, data):
-    """The stories of a save_to_disk folder, of any name and saved format, unlike load_from_disk."""
+    """The stories of a save_to_disk folder. (load_from_disk would take "::" in its path for an
+    address, and ask for the package of the format that the stories were saved with.)"""
     from datasets import Dataset, concatenate_datasets
     with reading(f"--data {data}", NEEDED):
         files = json.loads((folder / "state.json").read_text("utf-8"))["_data_files"]
@@ -202,7 +203,7 @@ def stories_in_files(path, data, cache_dir):
     They are kept in cache_dir, under a name of the files' sizes and times."""
     paths = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
     names = {file: f"/{file.relative_to(path).as_posix()}" for file in paths}
-    paths = [file for file in paths if "/train" in names[file]] or paths
+    paths = [file for file in paths if re.search("/train[^a-z]", names[file])] or paths
     stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in paths]
     cache = Path(cache_dir, f"stories-{digest(repr(stats).encode())}.arrow")
     return arrow_file(cache, {"text": "large_string"}, read_files(paths, data))
@@ -285,8 +286,11 @@ def split_stories(stories, settings):
 
     hashes = np.zeros(n_chosen, np.uint64)
     texts = (clean(text or "") for rows in chosen.iter(100) for text in rows["text"])
-    for i, text in enumerate(texts):
-        hashes[i] = int(digest(text.encode()), 16) if text else 0
+    try:
+        for i, text in enumerate(texts):
+            hashes[i] = int(digest(text.encode()), 16) if text else 0
+    except UnicodeError as error:
+        raise InputError(f"--data {settings.data}: cannot be read: {error}") from error
 
     _, firsts = np.unique(hashes, return_index=True)  # the first story of each text
     kept = np.sort(firsts[hashes[firsts] != 0])  # without the empty ones
@@ -540,7 +544,7 @@ def sinusoid(n_positions, n_embd):
     """(n_positions, n_embd): sines and cosines by turns; "Attention Is All You Need", 3.5."""
     frequencies = torch.exp(torch.arange(0, n_embd, 2) * (-math.log(10_000) / n_embd))
     angles = torch.arange(n_positions)[:, None] * frequencies
-    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)
+    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)[:, :n_embd]
 
 @contextmanager
 def evaluation_mode(model):
@@ -560,7 +564,7 @@ class Sampling(Flags):
     temperature: float = flag(1.0, "for sample: below 1 plainer, above 1 wilder", *ABOVE_0)
     top_k: int = flag(0, "for sample: draw from so many likeliest tokens; 0: from all", *AT_LEAST_0)
     top_p: float = flag(
-        0.9, "for sample: from the fewest tokens that together have this probability", *SHARE)
+        0.9, "for sample: from the fewest tokens that together have this probability", *TO_1)
     repetition_penalty: float = flag(
         1.0, "above 1: tokens that were there become less likely", *ABOVE_0)
 
@@ -636,6 +640,7 @@ def next_ids(logits, ids, sampling, uniform=None):
         penalty, seen = sampling.repetition_penalty, logits.gather(1, ids)
         seen = torch.where(seen < 0, seen * penalty, seen / penalty)
         logits = logits.scatter(1, ids, seen)
+
     if sampling.method == "greedy":
         return logits.argmax(-1, keepdim=True)
     cumulative = next_probabilities(logits, sampling).float().cumsum(-1)
@@ -647,6 +652,7 @@ def next_probabilities(logits, sampling):
     logits = logits - logits.amax(-1, keepdim=True)  # 0 at most, so that a cold one cannot overflow
     probabilities = (logits / max(sampling.temperature, 1e-30)).softmax(-1)
     ranked, order = probabilities.sort(descending=True)
+
     ranked[:, sampling.top_k or logits.size(-1) :] = 0
     nucleus = sampling.top_p * ranked.sum(-1, keepdim=True)
     ranked[ranked.cumsum(-1) - ranked >= nucleus] = 0  # the likelier tokens are enough
@@ -742,10 +748,11 @@ def orthogonalize(x, dtype):
 
 # The columns of metrics, which has a row for each optimizer step: sums over its tokens, in all
 # processes; the norm of its gradient; its seconds.
-LOSS, N_CORRECT, N_TOKENS, NORM, SECONDS = COLUMNS = range(5)
+COLUMNS = range(5)
+LOSS, N_CORRECT, N_TOKENS, NORM, SECONDS = COLUMNS
 
 def train(model, train_set, test_set, settings, record, precision):
-    """Train from record["step"], where save_last was, to the last step."""
+    """Train to the last step: from last.pt, if the record is of a run that continues."""
     device, n_steps = model.device, record["n_steps"]
     autocast = torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
@@ -758,7 +765,8 @@ def train(model, train_set, test_set, settings, record, precision):
     test_batches = epoch_batches(test_set.lengths, settings.batch_size, settings.seed, 0)
     test_loader = make_loader(test_set.ids, own_share(test_batches))
     learner = make_learner(model, next(iter(test_loader)), settings, autocast, scaler)
-    windows = step_batches(
+    clear_folders(settings, record)
+    batches_of_steps = step_batches(
         train_set.lengths, settings, record["steps_per_epoch"], record["step"])
     say_what_is_trained(record, device, precision)
 
@@ -774,23 +782,26 @@ def train(model, train_set, test_set, settings, record, precision):
             for group in groups_of(optimizers):
                 group["lr"] = group["peak_lr"] * schedule(step, n_steps, settings.warmup_steps)
 
-            window = next(windows)  # the batches of all processes
-            n_tokens = sum(int(train_set.lengths[batch].sum()) for batch in window)
-            batches = make_loader(train_set.ids, own_share(window))
+            world_batches = next(batches_of_steps)  # those of all processes
+            n_tokens = sum(int(train_set.lengths[batch].sum()) for batch in world_batches)
+            batches = make_loader(train_set.ids, own_share(world_batches))
             sums = all_reduce_sum(backward(learner, batches, n_tokens, autocast, scaler))
             norm = update(model, optimizers, settings.grad_clip, scaler)
             metrics[step, LOSS], metrics[step, N_CORRECT] = sums
             metrics[step, N_TOKENS], metrics[step, NORM] = n_tokens, norm
 
             ended = step + 1 == end_of_epoch(record)
-            is_time = step_began - last_save > 60 * settings.save_every
-            stop, due = any_process(step, bool(signals), is_time)
+            stop = due = False
+            # Several GPUs would wait for each other: they ask only now and then.
+            if WORLD_SIZE == 1 or device.type == "cpu" or ended or step % 10 == 0:
+                is_time = step_began - last_save > 60 * settings.save_every
+                stop, due = any_process(bool(signals), is_time)
             if ended or stop or due or step % 10 == 0:
                 check_finite(metrics[: step + 1], record)  # waits for the device
             metrics[step, SECONDS] = time.monotonic() - step_began
             show_step(bar, step, metrics)
 
-            if ended or stop or due:  # before an evaluation, too: whatever happens there is no loss
+            if ended or stop or due:  # before an evaluation: a crash in that costs no training
                 save_last(step + 1, settings, record, state, metrics)
                 last_save = time.monotonic()
             if stop:
@@ -827,6 +838,7 @@ def update(model, optimizers, grad_clip, scaler):
             optimizer.step()
         optimizer.zero_grad()
     scaler.update()
+
     return torch.zeros_like(norm) if is_skipped and scaler.get_scale() >= 1 else norm
 
 def make_learner(model, batch, settings, autocast, scaler):
@@ -857,7 +869,8 @@ def check_finite(metrics, record):
             sys.exit(2)  # process 0 says the same
         saved = f"last.pt is good, of step {record['step']}" if record["step"] else "none was saved"
         raise InputError(f"step {int(bad[0]) + 1}: the loss or its gradient is not finite, the run "
-                         f"stops; {saved}. Try smaller learning rates, or --precision fp32")
+                         f"stops; {saved}. Continue with --precision fp32, or --overwrite with "
+                         "smaller learning rates")
 
 def show_step(bar, step, metrics):
     bar.update()
@@ -935,7 +948,7 @@ class FoldedGPT(GPT):
     layers this takes over. R rows are left."""
 
     def __init__(self, model, has_own_row):
-        super(GPT, self).__init__()
+        super(GPT, self).__init__()  # without GPT's own, as there are layers already
         if type(model) is not GPT or len(model.lm_head.weight) != len(has_own_row):
             raise ValueError("only a GPT with a row for each token can be folded, and only once")
         self.config, self.tokenizer = model.config, model.tokenizer
@@ -971,7 +984,7 @@ class FoldedGPT(GPT):
     def clip_gradients(self, max_norm):
         # Divided by sqrt(n), the shared row's gradient has the norm of those of n equal rows; by
         # sqrt(n) again, it is one of these.
-        shared = self.lm_head.weight.grad[-1]
+        shared = self.lm_head.weight.grad[-1]  # a view
         shared /= math.sqrt(self.n_shared)
         norm = super().clip_gradients(max_norm)
         shared /= math.sqrt(self.n_shared)
@@ -994,8 +1007,8 @@ def fold_unused_tokens(model, *token_sets):
     return FoldedGPT(model, has_own_row)
 
 def fold_equal_rows(model):
-    """The FoldedGPT of a loaded model on the CPU, which writes faster: tokens share a row if they
-    have the rows of the first of those with the head's most frequent number."""
+    """The FoldedGPT of a loaded model on the CPU, which writes faster. Tokens with equal rows have
+    equal numbers in them: with the most frequent one, the largest group is found."""
     layers, values = (model.transformer.wte, model.lm_head), model.lm_head.weight[:, 0]
     first = (values == values.mode().values).nonzero()[0]
     is_equal = torch.stack([(layer.weight == layer.weight[first]).all(1) for layer in layers])
@@ -1060,9 +1073,11 @@ def load_checkpoint(name, device="cpu", **changes):
     strange = [*report["missing_keys"], *report["unexpected_keys"]]
     if strange := [key for key in strange if not key.endswith("attn.masked_bias")]:
         raise InputError(f"{name}: missing or unknown tensors, such as {min(strange)}")
+
     weights = transposed(gpt2.state_dict())
     if bad := [key for key, weight in weights.items() if not weight.isfinite().all()]:
         raise InputError(f"{name}: {bad[0]} holds numbers that are not finite")
+
     tokenizer = load_tokenizer(str(name), what="the tokenizer of")
     if (n_ids := vocab_size_of(tokenizer)) > config.vocab_size:
         raise InputError(f"{name}: {n_ids} tokens in its tokenizer, {config.vocab_size} in it")
@@ -1075,10 +1090,12 @@ def load_checkpoint(name, device="cpu", **changes):
 def load_config(name, changes, hint):
     from transformers import GPT2Config
     with reading(name, hint, hub_name=name):
-        values = GPT2Config.get_config_dict(name)[0]
-        for key in ("auto_map", "task_specific_params"):  # a stranger's code and habits
-            values.pop(key, None)
-        config = GPT2Config(**(values | changes))
+        values = GPT2Config.get_config_dict(name)[0] | changes
+    for key in ("auto_map", "task_specific_params"):  # a stranger's code and habits
+        values.pop(key, None)
+    with reading(name):
+        config = GPT2Config(**values)
+
     for key, usual in GPT2_MATH.items():
         if values.get(key, usual) != usual:
             raise InputError(f"{name}: {key} is {values[key]}, and only {usual} is known here")
@@ -1126,20 +1143,24 @@ def read_last(folder):
     return last
 
 def restore(state, metrics, record):
-    """Continue where save_last was. The constants of the optimizers are those of the script."""
+    """Continue from last.pt. The constants of the optimizers are those of the script."""
     last_pt = Path(record["settings"]["checkpoints"], "last.pt")
     last = read_last(last_pt.parent)
     say(f"continuing the interrupted run from its last save, after step {record['step']:,}")
     if last["record"]["script_sha256"] != record["script_sha256"]:
-        say("script     is not the one that began this run: from here on, it trains as it is now")
+        say("script     has changed since the last save: from here on, it trains as it is now")
+
     optimizers = [part for part in state.values() if isinstance(part, torch.optim.Optimizer)]
     constants = [[dict(group) for group in optimizer.param_groups] for optimizer in optimizers]
     for name, part in state.items():
-        with reading(last_pt, OVERWRITE):
+        try:
             part.load_state_dict(last[name] or part.state_dict())  # of a scaler not used it is {}
+        except (KeyError, ValueError, RuntimeError) as error:  # of another model
+            raise InputError(f"{last_pt}: cannot be read: {error}{OVERWRITE}") from error
     for optimizer, groups in zip(optimizers, constants, strict=True):
         for group, values in zip(optimizer.param_groups, groups, strict=True):
             group.update(values)
+
     metrics[: record["step"]] = last["metrics"]
 
 def saved_epochs(folder):
@@ -1159,7 +1180,7 @@ def best_epoch(folder):
 @contextmanager
 def whole_or_absent(path):
     """Inside, a file or folder is written under the name that this yields. Afterwards it is on the
-    disk under the name path; where anything fails, a file that has that name stays as it was."""
+    disk under the name path; where anything fails, an older one of that name stays."""
     new = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1171,7 +1192,7 @@ def whole_or_absent(path):
             remove(path)
         new.replace(path)
         flush(path.parent)
-    except Exception as error:
+    except BaseException as error:
         remove(new)  # which may be what filled the disk
         # torch.save raises a RuntimeError while it handles the system's error; libraries that are
         # written in Rust raise one with its text.
@@ -1199,7 +1220,7 @@ def remove(path):
 
 def write_plots(folder, record, metrics):
     """training_metrics.csv and .png: loss, accuracy and test perplexity, of a run's record and of
-    some 100 points of its metrics (n_steps, 5)."""
+    some 100 points of its metrics so far."""
     starts = np.arange(0, len(metrics), math.ceil(record["n_steps"] / 100))
     ends, sums = np.append(starts[1:], len(metrics)), np.add.reduceat(metrics, starts)
     curve = sums[:, LOSS] / sums[:, N_TOKENS]
@@ -1223,6 +1244,7 @@ def write_plots(folder, record, metrics):
     loss.plot(ends, curve, color="C0", label="training")
     train_accuracy = [epoch["train_accuracy"] for epoch in epochs]
     accuracy.plot(steps, train_accuracy, "o-", color="C0", label="training")
+
     for axes, key, unit in ((loss, "loss", "cross-entropy, nats a token"),
                             (accuracy, "accuracy", "share of next tokens guessed right"),
                             (perplexity, "perplexity", "test perplexity")):
@@ -1250,7 +1272,7 @@ def main(argv=None):
                 settings, data_to_use(settings, before), base and base.tokenizer)
             record = new_record(settings, counts, before)
             refuse_another_run(before, record["must_match"], folder)
-        refuse_other_processes([record["must_match"], record["step"]])
+        check_that_processes_agree([record["must_match"], record["step"]])
         if record["epochs"] and record["epochs"][-1]["step"] == record["n_steps"]:
             say(f"{folder} holds this run, and it is finished; {result(record)}")
             return
@@ -1258,11 +1280,11 @@ def main(argv=None):
         torch.manual_seed(settings.seed)
         model = base or GPT(model_config(settings, tokenizer), tokenizer)
         record["parameters"] = sum(weight.numel() for weight in model.parameters())
-        encode_prompt(model, settings.prompt)  # better refused now than after an epoch
-        to_gpt2(model)  # the same
+        # What would fail after an epoch had better fail now: the sample, saving, and loading.
+        encode_prompt(model, settings.prompt)
+        model.load_state_dict(transposed(to_gpt2(model).state_dict()))
         model = base or fold_unused_tokens(model, train_set, test_set)
 
-        clear_folders(settings, is_new=not before)
         train(model.to(device), train_set, test_set, settings, record, precision)
         say(result(record))
 
@@ -1272,7 +1294,7 @@ def must_match(settings):
     return kept | {"accum_steps x processes": settings.accum_steps * WORLD_SIZE}
 
 def refuse_another_run(before, now, folder):
-    """May the run continue whose record is before? Only with the values of now that it has had."""
+    """May the run continue whose record is before? InputError if a value of now was another."""
     then = before.get("must_match", now)
     differences = [f"{name} was {then.get(name)}, is {value}" for name, value in now.items()
                    if then.get(name) != value]
@@ -1329,9 +1351,9 @@ def new_record(settings, counts, before):
         "versions": versions | {"python": sys.version.split()[0]},
     }
 
-def clear_folders(settings, is_new):
+def clear_folders(settings, record):
     """With --overwrite, remove the run that is there. Warn if plots of another run are replaced."""
-    plots = Path(settings.plots)
+    plots, is_new = Path(settings.plots), not record["step"]
     if is_new and not saved_epochs(settings.checkpoints) and any(plots.glob("training_metrics.*")):
         say(f"warning    replaces the plots of another run in {plots}; other --plots keep them")
     if settings.overwrite and RANK == 0:
@@ -1361,7 +1383,7 @@ def parse(flags_class, description, argv=None):
         parser.add_argument("--" + f.name.replace("_", "-"), help=text, **kind)
     given = vars(parser.parse_args(argv))
     if given.get("init"):
-        for name in sorted(given.keys() & SET_BY_INIT):
+        for name in sorted(given.keys() & NOT_WITH_INIT):
             rule = f"cannot be chosen with --init {given['init']}"
             raise InputError(f"--{name.replace('_', '-')} {given[name]}: {rule}")
     return flags_class(**given)
@@ -1410,9 +1432,9 @@ def run(main, hint=""):
     """Call main(). What a user can mend is shown as one line; other errors show a traceback."""
     for stream in (sys.stdin, sys.stdout):  # which a notebook replaces
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # what a terminal cannot show
+            stream.reconfigure(errors="replace")  # what a terminal cannot show, or has sent
     try:
-        # torchrun's SIGTERM ends the others when one has failed, which has said why.
+        # With torchrun's SIGTERM, which ends the others when one has failed, there is no message.
         with on_signals(interrupt) if WORLD_SIZE == 1 else nullcontext():
             main()
         if dist.is_initialized():
@@ -1430,8 +1452,9 @@ def run(main, hint=""):
     except (MemoryError, RuntimeError) as error:
         if not re.search(NO_MEMORY, repr(error)):
             raise
-        message, code = "out of memory; halve --batch-size and double --accum-steps", 2
-    if RANK == 0 or (dist.is_initialized() and code < 128):  # before that, all say the same
+        message, code = ("out of memory; halve --batch-size and double --accum-steps (a run that "
+                         "is there is then another one: --overwrite)"), 2
+    if RANK == 0 or (dist.is_initialized() and code < 128):  # at first, all say the same
         print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
 
@@ -1511,12 +1534,18 @@ def start_processes(device):
 
 @contextmanager
 def first_process_first():
-    """Process 0 runs the block, and then the others do."""
+    """Process 0 runs the block, and then the others do, unless it has failed."""
     if RANK > 0:
-        wait_for_all()
-    yield
-    if RANK == 0:
-        wait_for_all()
+        if any_process(False) == [True]:
+            sys.exit(1)  # process 0 says why
+        yield
+        return
+    has_failed = True
+    try:
+        yield
+        has_failed = False
+    finally:
+        any_process(has_failed)
 
 def wait_for_all():
     all_reduce_sum(torch.zeros(1))
@@ -1527,18 +1556,12 @@ def all_reduce_sum(tensor):
         dist.all_reduce(tensor)
     return tensor
 
-EXCHANGE_EVERY = 10  # steps, for what several processes need not know at once
-
-def any_process(step, *conditions):
-    """Of each condition, whether it holds in any process; of several, False between exchanges."""
-    if WORLD_SIZE == 1:
-        return conditions
-    if step % EXCHANGE_EVERY:
-        return [False] * len(conditions)
+def any_process(*conditions):
+    """Of each condition, whether it holds in any process."""
     return [n > 0 for n in all_reduce_sum(torch.tensor(conditions, dtype=torch.int)).tolist()]
 
-def refuse_other_processes(prepared):
-    """Raise InputError if another process has prepared something else."""
+def check_that_processes_agree(prepared):
+    """Raise InputError unless all processes have prepared the same."""
     found = [prepared] * WORLD_SIZE
     if WORLD_SIZE > 1:
         dist.all_gather_object(found, prepared)

@@ -131,6 +131,13 @@ def test_a_broken_data_folder_is_refused_in_one_line(workspace, refused):
     assert "no stories are there in a known format or split; it must be" in refused(project.main, "--data no_train")
 
 
+def test_a_saved_story_that_is_no_text_is_refused_in_one_line(workspace, refused):
+    datasets.Dataset.from_dict({"text": [f"Story {i} of a cat." for i in range(20)]}).save_to_disk("saved")
+    (file,) = (workspace / "saved").glob("*.arrow")
+    file.write_bytes(file.read_bytes().replace(b"Story 7", b"Stor\xff 7"))
+    assert "--data saved: cannot be read: 'utf-8' codec" in refused(project.main, "--data saved --fraction 1")
+
+
 def test_empty_stories_and_duplicates_are_dropped_and_counted():
     texts = ["a", "b ", " b", "", None, "  \n", "a", "c", "d"]
     stories = datasets.Dataset.from_dict({"text": texts})

@@ -57,6 +57,14 @@ def test_the_logits_are_those_of_transformers(foreign):
     assert text == model.tokenizer.decode(ids, skip_special_tokens=True)
 
 
+def test_a_model_of_odd_width_is_read(tokenizer, tmp_path):
+    sizes = {"vocab_size": 400, "n_positions": 96, "n_embd": 33, "n_layer": 1, "n_head": 3}
+    theirs = GPT2LMHeadModel(GPT2Config(**sizes, initializer_range=0.2))
+    theirs.save_pretrained(tmp_path / "odd")
+    tokenizer.save_pretrained(tmp_path / "odd")
+    assert_equal_logits(project.load_checkpoint(tmp_path / "odd"), theirs)
+
+
 def test_files_with_openais_names_are_read(foreign, tmp_path):
     """No `transformer.`, masks among the weights, half precision."""
 

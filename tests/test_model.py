@@ -34,6 +34,14 @@ def test_a_later_token_never_changes_earlier_logits(model):
     assert not torch.allclose(before[:, 12:], after[:, 12:], atol=1e-2)
 
 
+def test_a_cache_with_tokens_takes_one_more_at_a_time(model):
+    """Several at once would get a wrong mask."""
+    cache = model.empty_cache(1)
+    model.eval()(torch.tensor([[1, 2]]), cache=cache)
+    with pytest.raises(ValueError, match="one more at a time"):
+        model(torch.tensor([[3, 4]]), cache=cache)
+
+
 def test_an_earlier_token_and_its_position_do_change_the_logits(model):
     model.eval()
     one, two = torch.tensor([[300, 301, 302]]), torch.tensor([[301, 300, 302]])

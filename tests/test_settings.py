@@ -74,7 +74,7 @@ def test_a_bad_flag_is_refused_by_name_before_anything_is_read(arguments, named,
     assert list(workspace.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", sorted(project.SET_BY_INIT))
+@pytest.mark.parametrize("name", sorted(project.NOT_WITH_INIT))
 def test_what_the_model_of_init_brings_is_refused_also_where_it_is_the_default(name, workspace, refused):
     """The default of --n-layer is 2, that of gpt2 12: to pass it over would train another model than was asked for."""
     name, default = "--" + name.replace("_", "-"), getattr(project.Settings, name)
@@ -118,3 +118,13 @@ def test_the_cpu_computes_in_bf16_only_where_it_has_instructions_for_it(capabili
     assert project.pick_device("cpu", "bf16") == ("cpu", "bf16")
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
     assert project.pick_device("mps", "auto") == ("mps", "fp32")
+
+
+def test_the_names_of_settings_that_are_listed_are_settings():
+    names = {field.name for field in dataclasses.fields(project.Settings)}
+    assert names >= project.NOT_WITH_INIT and names >= project.MAY_CHANGE
+
+
+def test_a_choice_that_is_none_is_refused_in_python_too():
+    with pytest.raises(project.InputError, match="--compile On: must be one of auto, on, off"):
+        project.Settings(compile="On")

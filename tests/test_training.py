@@ -7,6 +7,7 @@ import pickle
 import re
 import shutil
 import tempfile
+import time
 from contextlib import nullcontext
 
 import datasets
@@ -380,7 +381,7 @@ def test_a_run_that_another_script_began_says_so_in_a_line_and_goes_on(interrupt
     capsys.readouterr()
     train()
     lines = capsys.readouterr().out.splitlines()
-    assert len([line for line in lines if line.startswith("script     is not the one that began this run")]) == 1
+    assert len([line for line in lines if line.startswith("script     has changed since the last save")]) == 1
     same_runs(workspace, finished)
     assert read_run()[1]["script_sha256"] == hashlib.sha256(project.Path(project.__file__).read_bytes()).hexdigest()
 
@@ -582,6 +583,24 @@ def test_a_last_save_of_another_model_is_refused_in_one_line(spoiled, interrupte
     torch.save(last, interrupted)
     line = refused(project.main, TINY)
     assert "checkpoints/last.pt: cannot be read" in line and "--overwrite" in line
+
+
+def test_the_seconds_of_an_epoch_have_the_waits_for_the_device_in_them_and_not_the_saves(workspace, monkeypatch):
+    """Where the figures are looked at, the work of the steps before has to be finished."""
+    check_finite, save_last = project.check_finite, project.save_last
+    monkeypatch.setattr(project, "check_finite", lambda *arguments: (time.sleep(0.2), check_finite(*arguments)))
+    monkeypatch.setattr(project, "save_last", lambda *arguments: (time.sleep(1.5), save_last(*arguments)))
+    train("--epochs 1 --precision fp32")
+    (epoch,) = read_run(epoch=1)[1]["epochs"]
+    assert 0.4 < epoch["seconds"] < 3  # two looks, after the first and the last step; two saves of 1.5 s
+
+
+def test_a_mistake_in_the_optimizers_does_not_cost_the_run_that_would_be_overwritten(finished, workspace, monkeypatch):
+    shutil.copytree(finished, workspace, dirs_exist_ok=True)
+    monkeypatch.setattr(project, "check_that_all_are_trained", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train("--overwrite")
+    assert len(read_run()[1]["epochs"]) == 2 and (workspace / "checkpoints" / "last.pt").exists()
 
 
 def test_max_steps_ends_the_run_and_the_decay_there(workspace, capsys):
