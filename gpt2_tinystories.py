@@ -752,7 +752,8 @@ COLUMNS = range(5)
 LOSS, N_CORRECT, N_TOKENS, NORM, SECONDS = COLUMNS
 
 def train(model, train_set, test_set, settings, record, precision):
-    """Train to the last step: from last.pt, if the record is of a run that continues."""
+    """Train to the last step: from last.pt, if the record is of a run that continues. record: what
+    training.json is to hold, with the epochs that are done."""
     device, n_steps = model.device, record["n_steps"]
     autocast = torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
@@ -873,9 +874,10 @@ def check_finite(metrics, record):
                          "smaller learning rates")
 
 def show_step(bar, step, metrics):
+    """Move the bar, and every ten steps show their mean loss and their speed."""
     bar.update()
     if step % 10 == 0:
-        sums = metrics[max(0, step - 99) : step + 1].sum(0).tolist()
+        sums = metrics[max(0, step - 9) : step + 1].sum(0).tolist()
         loss, speed = sums[LOSS] / sums[N_TOKENS], sums[N_TOKENS] / sums[SECONDS]
         bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
 
@@ -1055,11 +1057,12 @@ GPT2_MATH = {"model_type": "gpt2", "activation_function": "gelu_new", "scale_att
 NEEDED_MODEL = "; it must be an epoch's folder, a run's with an epoch, or a GPT-2's name on the Hub"
 
 def load_checkpoint(name, device="cpu", **changes):
-    """The GPT of a GPT-2's folder or Hub id, with its tokenizer, in eval mode. changes: other
-    values than in its config.json."""
+    """The GPT of a GPT-2's folder or Hub id, or of a run's best epoch, with its tokenizer, in eval
+    mode. changes: other values than in its config.json."""
     from transformers import GPT2LMHeadModel, logging
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+    name = best_epoch(name)
     hint = "" if Path(name, "config.json").exists() else NEEDED_MODEL
     config = load_config(name, changes, hint)
     check_sha256(Path(name))
@@ -1338,7 +1341,9 @@ def new_record(settings, counts, before):
     """What training.json holds; of a continued run with the step and the epochs that it has."""
     stories_per_step = settings.batch_size * settings.accum_steps * WORLD_SIZE
     steps_per_epoch = math.ceil(counts["train_stories"] / stories_per_step)
-    of_data = {name: counts[name] for name in ("stories", "fingerprint", "tokenizer")}
+    of_data = {"number of stories": counts["stories"],
+               "fingerprint of the stories": counts["fingerprint"],
+               "fingerprint of the tokenizer": counts["tokenizer"]}
     versions = {name: str(sys.modules[name].__version__)
                 for name in ("torch", "transformers", "datasets")}
     return {

@@ -138,6 +138,13 @@ def test_a_run_is_tuned_further_from_its_best_epoch(base, capsys):
     assert capsys.readouterr().out.startswith("init       base/epoch_1\n")
 
 
+def test_of_a_run_the_best_epoch_is_loaded(base):
+    loaded, best = project.load_checkpoint("base").state_dict(), project.load_checkpoint("base/epoch_1").state_dict()
+    other = project.load_checkpoint("base/epoch_2").state_dict()
+    assert all(torch.equal(weight, best[name]) for name, weight in loaded.items())
+    assert not all(torch.equal(weight, other[name]) for name, weight in loaded.items())
+
+
 def test_a_model_that_has_epochs_inside_is_that_model(base):
     shutil.copytree(base / "epoch_2", "model")
     shutil.copytree(base / "epoch_1", "model/epoch_1")
