@@ -56,12 +56,13 @@ class Settings(Sampling):
         super().__post_init__()
         is_text = self.prompt and all(isinstance(t, str) and t.strip() for t in self.prompt)
         require(is_text, "prompt", list(self.prompt), "must be texts, none of them empty")
-        for_greedy = {f.name for f in fields(self)} - {f.name for f in fields(Sampling)}
-        for_greedy = for_greedy - {"num_samples", "seed"} | {"method", "repetition_penalty"}
-        for f in fields(self):
-            is_used = self.method == "sample" or f.name in for_greedy
+        for_all = ("method", "repetition_penalty")
+        of_sampling = [f for f in fields(Sampling) if f.name not in for_all]
+        of_sampling += [f for f in fields(self) if f.name in ("num_samples", "seed")]
+        for f in of_sampling:
             value = getattr(self, f.name)
-            require(is_used or value == f.default, f.name, value, "needs --method sample")
+            is_used = self.method == "sample" or value == f.default
+            require(is_used, f.name, value, "needs --method sample")
 
 
 def write_stories(model, prompt, settings):

@@ -1388,9 +1388,9 @@ def parse(flags_class, description, argv=None):
         parser.add_argument("--" + f.name.replace("_", "-"), help=text, **kind)
     given = vars(parser.parse_args(argv))
     if given.get("init"):
-        for name in sorted(given.keys() & NOT_WITH_INIT):
-            rule = f"cannot be chosen with --init {given['init']}"
-            raise InputError(f"--{name.replace('_', '-')} {given[name]}: {rule}")
+        rule = f"cannot be chosen with --init {given['init']}"
+        for name in sorted(NOT_WITH_INIT):
+            require(name not in given, name, given.get(name), rule)
     return flags_class(**given)
 
 NO_MEMORY = "MemoryError|out of memory|allocate memory|enough memory"  # on a CPU in a RuntimeError
@@ -1443,7 +1443,8 @@ def run(main, hint=""):
         with on_signals(interrupt) if WORLD_SIZE == 1 else nullcontext():
             main()
         if dist.is_initialized():
-            wait_for_all()  # one that ended now would end process 0, which may still be saving
+            # All wait: one that ended now would end process 0, which may still be saving.
+            any_process(False)
             os._exit(0)  # a thread of gloo that is late aborts a Python that ends as usual
         return
     except BrokenPipeError:  # the reader of the output, such as head, has gone
@@ -1551,9 +1552,6 @@ def first_process_first():
         has_failed = False
     finally:
         any_process(has_failed)
-
-def wait_for_all():
-    all_reduce_sum(torch.zeros(1))
 
 def all_reduce_sum(tensor):
     """The sum of a tensor over all processes, in its place."""
