@@ -11,9 +11,12 @@
     python gpt2_generate.py --interactive                   type beginnings, read stories
 """
 
+import sys
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Literal
 
+sys.path.append(str(Path(__file__).parent))  # missing under PYTHONSAFEPATH
 from gpt2_tinystories import (
     AT_LEAST_1,
     InputError,
@@ -108,4 +111,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, after_no_memory="fewer --num-samples, or a smaller --max-length, or no --batch")

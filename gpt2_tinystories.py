@@ -31,14 +31,17 @@ import sys
 import time
 import zipfile
 from collections import Counter, OrderedDict, namedtuple
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
+from functools import cache
+from glob import glob
 from hashlib import blake2b, file_digest
 from itertools import count, islice
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Literal, get_args
+from unicodedata import normalize
 
 import numpy as np
 import torch
@@ -56,7 +59,7 @@ BUILT_IN, N_BUILT_IN = "built-in stories", 12_000
 END_OF_STORY = "<|endoftext|>"
 IGNORE = -100  # the target of padding
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # processes
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE") or 1)  # processes
 RANK = int(os.environ.get("RANK", 0)) if WORLD_SIZE > 1 else 0  # process 0 prints and writes
 
 # --- Settings: a field is a flag, a line of --help, an entry in training.json -------------------
@@ -81,6 +84,9 @@ TO_1 = (lambda x: 0 < x <= 1, "above 0, at most 1")
 BELOW_1 = (lambda x: 0 < x < 1, "above 0, below 1")
 FROM_0_BELOW_1 = (lambda x: 0 <= x < 1, "0 or more, below 1")
 SEED = (lambda x: 0 <= x < 2**32, "0 to 2**32 - 1")
+PENALTY = (lambda x: 0.01 <= x <= 100, "0.01 to 100")
+NAME = (str.strip, "not empty")
+TEXT = (lambda x: x.strip() and not re.search("[\ud800-\udfff]", x), "text in UTF-8, not empty")
 
 class Flags:
     """The base of dataclasses of flags: each value must pass the rule of its field."""
@@ -94,10 +100,11 @@ class Flags:
 
 @dataclass(frozen=True)
 class Settings(Flags):
-    data: str = flag("auto", "auto, sample, a save_to_disk folder, a file, or a Hub id")
+    data: str = flag("auto", "auto, sample, a save_to_disk folder, a file, or a Hub id", *NAME)
     fraction: float = flag(0.1, "share of the stories that is used", *TO_1)
     test_fraction: float = flag(0.1, "share of those that is held out for testing", *BELOW_1)
-    tokenizer: str = flag("auto", "Hub id, folder, bpe:SIZE; auto: gpt2, or bpe:4096 for sample")
+    tokenizer: str = flag(
+        "auto", "Hub id, folder, bpe:SIZE; auto: gpt2, or bpe:4096 for sample", *NAME)
     init: str = flag("", "GPT-2 to tune, folder or Hub id; it brings its sizes and tokenizer")
     n_positions: int = flag(256, "longest story in tokens; longer ones are cut", *AT_LEAST_2)
     n_embd: int = flag(768, "width of the model", *AT_LEAST_1)
@@ -119,10 +126,10 @@ class Settings(Flags):
     device: Literal["auto", "cuda", "cpu", "mps"] = flag("auto", "where to compute")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = flag("auto", "format of matrix products")
     compile: Literal["auto", "on", "off"] = flag("auto", "torch.compile; auto: on a CUDA GPU")
-    checkpoints: str = flag("checkpoints", "folder of the checkpoints")
-    plots: str = flag("plots", "folder of the plots")
+    checkpoints: str = flag("checkpoints", "folder of the checkpoints", *NAME)
+    plots: str = flag("plots", "folder of the plots", *NAME)
     overwrite: bool = flag(False, "start over although a run is there")
-    prompt: str = flag("Once upon a time, in a small village", "beginning of the samples")
+    prompt: str = flag("Once upon a time, in a small village", "beginning of the samples", *TEXT)
 
     def __post_init__(self):
         super().__post_init__()
@@ -139,8 +146,9 @@ MAY_CHANGE = {"data", "tokenizer", "accum_steps", "save_every", "device", "preci
 
 # --- Data: stories, tokenizer, token ids, batches of similar length -----------------------------
 
-NEEDED = ("; it must be a save_to_disk folder, a .txt or .jsonl file in UTF-8, .parquet files or a "
-          "Hub id, with strings in a column `text`; of splits, `train` is taken")
+NEEDED = ("; it must be a save_to_disk folder, a .txt, .jsonl or .parquet file, a folder of those, or "
+          "a Hub id, in UTF-8, with strings in a column `text`; of splits, `train` is taken")
+SPLIT = re.compile("(?<![a-z])(train|test|valid|val|dev|eval)(?:ing|idation|uation)?(?![a-z])")
 
 def load_stories(data, cache_dir):
     """The stories of --data, a datasets.Dataset of one column, `text`, and their source's name."""
@@ -154,7 +162,7 @@ def load_stories(data, cache_dir):
     saved = path / "train" if (path / "train" / "state.json").exists() else path  # a DatasetDict
     if (saved / "state.json").exists():
         stories, source = saved_stories(saved, data), path.absolute().name
-    elif path.exists():
+    elif path.exists() and not has_configurations(path):
         stories, source = stories_in_files(path, data, cache_dir), path.absolute().name
     else:
         with reading(f"--data {data}", hub_name=data):
@@ -181,6 +189,7 @@ def default_stories(cache_dir):
 
 def built_in_stories():
     from datasets import Dataset
+    sys.path.append(str(Path(__file__).parent))  # missing under PYTHONSAFEPATH
     try:
         from sample_stories import sample_stories
     except ModuleNotFoundError as error:
@@ -193,35 +202,72 @@ def saved_stories(folder, data):
     """The stories of a save_to_disk folder. (load_from_disk would take "::" in its path for an
     address, and ask for the package of the format that the stories were saved with.)"""
     from datasets import Dataset, concatenate_datasets
+
+    def read(files):
+        paths = [str(folder / file["filename"]) for file in files]
+        return concatenate_datasets([Dataset.from_file(path) for path in paths])
+
     with reading(f"--data {data}", NEEDED):
-        files = json.loads((folder / "state.json").read_text("utf-8"))["_data_files"]
-        files = [str(folder / file["filename"]) for file in files]
-        return concatenate_datasets([Dataset.from_file(file) for file in files])
+        state = json.loads((folder / "state.json").read_text("utf-8"))
+        stories = read(state["_data_files"])
+        if chosen := state.get("_indices_data_files"):  # of older versions: the rows that count
+            stories = stories.select(read(chosen)["indices"])
+        return stories
+
+def has_configurations(folder):
+    """Whether a folder's README.md says, as on the Hub, which of its files belong together."""
+    from huggingface_hub import metadata_load
+    readme = folder / "README.md"
+    with reading(readme):
+        return readme.is_file() and "configs" in (metadata_load(readme) or {})
 
 def stories_in_files(path, data, cache_dir):
-    """The stories of a file, or of a folder's .parquet files, of the split `train` if it has one.
-    They are kept in cache_dir, under a name of the files' sizes and times."""
-    paths = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
-    names = {file: f"/{file.relative_to(path).as_posix()}" for file in paths}
-    paths = [file for file in paths if re.search("/train[^a-z]", names[file])] or paths
+    """The stories of a file, or of a folder's files. They are kept in cache_dir, under a name of
+    the files' sizes and times."""
+    paths = train_files(path, data) if path.is_dir() else [path]
     stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in paths]
     cache = Path(cache_dir, f"stories-{digest(repr(stats).encode())}.arrow")
     return arrow_file(cache, {"text": "large_string"}, read_files(paths, data))
 
+def train_files(folder, data):
+    """The .parquet and .jsonl files in a folder, linked ones too, hidden ones not; of splits, those
+    of `train`. (The rules of datasets would mix several sets, and enter no linked folders.)"""
+    there = sorted(glob("**/*", root_dir=folder, recursive=True))
+    found = [name for name in there if name.lower().endswith((".parquet", ".jsonl"))]
+    found = found or [name for name in there if name.lower().endswith(".json")]
+    split = {name: (SPLIT.findall(name.lower()) or [""])[-1] for name in found}
+    chosen = [name for name in found if split[name] == "train"]
+    chosen = chosen or [name for name in found if not split[name]]
+    rule = f"no stories of a split `train` in its files: {', '.join((found or there)[:5])}{NEEDED}"
+    require(chosen, "data", data, rule)
+
+    # The files of one set have names of their own, which differ in numbers alone.
+    names = [Path(name).name for name in chosen]
+    sets = {re.sub(r"[\W\d_]+", " ", name) for name in names if SPLIT.search(name.lower())}
+    is_one = len(sets) < 2 and len(set(names)) == len(names)
+    rule = f"holds several sets of stories: {', '.join(chosen[:5])}; name the folder or file of one"
+    require(is_one, "data", data, rule)
+    n_parts = max(map(int, re.findall(r"-of-(\d+)", " ".join(names))), default=0)
+    if n_parts > len(names):
+        say(f"warning    {data} holds {len(names)} of {n_parts} parts: {', '.join(names[:5])}")
+    return [folder / name for name in chosen]
+
 def read_files(paths, data):
-    """Yield the stories of .txt, .jsonl or .parquet files, 100 at a time, as Arrow columns."""
+    """Yield the stories of files, 100 at a time, as Arrow columns."""
     import pyarrow
-    readers = {".txt": read_text, ".jsonl": read_lines, ".parquet": read_table}
-    try:
-        if not paths or paths[0].suffix.lower() not in readers:
-            raise InputError("no stories are there in a known format or split")
-        texts = (text for path in paths for text in readers[path.suffix.lower()](path))
-        while some := list(islice(texts, 100)):
-            yield {"text": pyarrow.array(some, pyarrow.large_string())}
-    except MemoryError:  # Arrow's is an ArrowException, too
-        raise
-    except (InputError, OSError, UnicodeError, pyarrow.ArrowException) as error:
-        raise InputError(f"--data {data}: cannot be read: {error}{NEEDED}") from error
+    readers = {".txt": read_text, ".jsonl": read_lines, ".json": read_lines, ".parquet": read_table}
+    for path in paths:
+        try:
+            if path.suffix.lower() not in readers:
+                raise InputError("its format is not known")
+            texts = readers[path.suffix.lower()](path)
+            while some := list(islice(texts, 100)):
+                yield {"text": pyarrow.array(some, pyarrow.large_string())}
+        except MemoryError:  # Arrow's is an ArrowException, too
+            raise
+        except (InputError, OSError, UnicodeError, pyarrow.ArrowException) as error:
+            what = data if len(paths) == 1 else path
+            raise InputError(f"--data {what}: cannot be read: {error}{NEEDED}") from error
 
 def read_text(path):
     """Yield the stories of a text file, separated by <|endoftext|>."""
@@ -235,17 +281,19 @@ def read_text(path):
 
 def read_lines(path):
     """Yield the stories of a file of JSON objects, one on a line."""
-    with open(path, encoding="utf-8-sig") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8-sig"))
+                text = row.get("text", row) if isinstance(row, dict) else [row]
+                if not isinstance(text, str | None):
+                    raise ValueError("no string `text` in it")
+                (text or "").encode()  # half a surrogate pair is no text
             except (ValueError, RecursionError) as error:  # a JSONDecodeError has a msg
                 raise InputError(f"line {number}: {getattr(error, 'msg', error)}") from None
-            if not isinstance(row, dict) or "text" not in row:
-                raise InputError(f"line {number}: no `text` in it")
-            yield row["text"]
+            yield text
 
 def read_table(path):
     from pyarrow.parquet import ParquetFile
@@ -313,10 +361,12 @@ def digest(content):
 
 def load_tokenizer(name, stories=None, what="--tokenizer"):
     """A Hugging Face tokenizer, by Hub id or folder; bpe:SIZE trains one like GPT-2's."""
-    from transformers import AutoTokenizer, GPT2Tokenizer
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
     if name.startswith("bpe:"):
         size = int(name[4:]) if name[4:].isdecimal() else 0
-        require(size > 256, "tokenizer", name, "needs a size above 256, the number of bytes")
+        rule = "needs a size above 256, the number of bytes, and at most 1,000,000"
+        require(256 < size <= 1_000_000, "tokenizer", name, rule)
         # Of a story 10,000 characters at most: a very long word takes quadratic time.
         texts = ([clean(text)[:10_000] for text in rows["text"]] for rows in stories.iter(100))
         return GPT2Tokenizer().train_new_from_iterator(texts, size, show_progress=False)
@@ -325,18 +375,63 @@ def load_tokenizer(name, stories=None, what="--tokenizer"):
     with reading(f"{what} {name}", hint, hub_name=name):
         tokenizer = AutoTokenizer.from_pretrained(name)
     # Where files are missing, some versions of transformers return an empty tokenizer.
-    if len(tokenizer) <= 1 or not tokenizer.is_fast or tokenizer.eos_token_id is None:
+    if len(tokenizer) <= 1 or not tokenizer.is_fast:
         raise InputError(f"{what} {name}: its files, such as tokenizer.json, are missing or not "
-                         f"usable ({len(tokenizer)} tokens, end {tokenizer.eos_token}): copy them")
+                         f"usable ({len(tokenizer)} tokens): copy them from where it comes from")
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"{what} {name}: it has no token for the end of a text; name one in its "
+                         "tokenizer_config.json, as eos_token")
+
+    try:
+        own = PreTrainedTokenizerFast.from_pretrained(name)  # its tokenizer.json as it is
+    except ValueError:  # it has an older format
+        own = tokenizer
+    # The classes of some names lose a part of it, and some tokenizers add <s> or </s>.
+    texts = some_texts(stories) if stories else ["Once upon a time,\n\n Zoé didn't  know it!"]
+    if encode(tokenizer, texts, add_special_tokens=True) != encode(own, texts):
+        special = own.special_tokens_map | {"eos_token": tokenizer.eos_token}
+        own.backend_tokenizer.post_processor = TemplateProcessing("$A", "$A $B", [])
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=own.backend_tokenizer, **special)
     return tokenizer
+
+def some_texts(stories):
+    """100 of the stories or, if they are fewer, all."""
+    some = stories.select(range(0, len(stories), math.ceil(len(stories) / 100)))
+    return [clean(text)[:10_000] for text in some["text"]]
+
+def check_tokenizer(tokenizer, texts, what, cache_dir):
+    """Raise InputError unless texts come back from a tokenizer as they were, and the one that will
+    be saved, called plainly, gives the same ids. Lower case and white space beside punctuation are
+    only said: they are usual in small vocabularies, such as that of simple_stories_train."""
+    from transformers import AutoTokenizer
+    def words(text):
+        return re.findall(r"\w+|[^\w\s]", normalize("NFC", text).casefold())
+
+    found, first_change = encode(tokenizer, texts), None
+    for text, ids in zip(texts, found, strict=True):
+        text, back = text.strip(), tokenizer.decode(ids).strip()
+        n_same = len(os.path.commonprefix([text, back]))
+        part = slice(max(0, n_same - 20), n_same + 20)
+        change = f"{text[part]!r} comes back as {back[part]!r}"
+        if words(back) != words(text):
+            raise InputError(f"{what}: it loses text: {change}; bpe:4096 keeps all")
+        first_change = first_change or (back != text and change)
+    if first_change:
+        say(f"warning    {what}: the stories are changed: {first_change}")
+
+    with whole_or_absent(cache_dir / "tokenizer") as folder, reading(what):
+        tokenizer.save_pretrained(folder)
+        saved = AutoTokenizer.from_pretrained(folder)
+    if encode(saved, texts, add_special_tokens=True) != found:
+        raise InputError(f"{what}: transformers reads another tokenizer from the saved one")
 
 def vocab_size_of(tokenizer):
     return max(tokenizer.get_vocab().values()) + 1  # there may be holes
 
-def encode(tokenizer, texts):
+def encode(tokenizer, texts, add_special_tokens=False):
     """Token ids of texts. A written <|endoftext|> is plain characters, not the end of a story."""
-    options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
-    return tokenizer(texts, **options)["input_ids"]
+    options = {"add_special_tokens": add_special_tokens, "split_special_tokens": True}
+    return tokenizer(texts, verbose=False, **options)["input_ids"]
 
 # ids: a memory-mapped Arrow column; lengths: the number of targets of each story, its ids but the
 # first; n_cut: how many stories were longer.
@@ -371,6 +466,10 @@ def prepare_data(settings, data, tokenizer=None):
         usual = "bpe:4096" if source == BUILT_IN else "gpt2"
         name = usual if settings.tokenizer == "auto" else settings.tokenizer
         tokenizer = load_tokenizer(name, train_stories)
+    if RANK == 0:
+        what = f"--init {settings.init}" if settings.init else f"--tokenizer {settings.tokenizer}"
+        texts = [settings.prompt, *some_texts(train_stories)]
+        check_tokenizer(tokenizer, texts, what, cache_dir)
 
     tokenizer_text = f"{tokenizer.eos_token_id} {tokenizer.backend_tokenizer.to_str()}"
     tokenizer_digest = digest(tokenizer_text.encode())
@@ -566,7 +665,7 @@ class Sampling(Flags):
     top_p: float = flag(
         0.9, "for sample: from the fewest tokens that together have this probability", *TO_1)
     repetition_penalty: float = flag(
-        1.0, "above 1: tokens that were there become less likely", *ABOVE_0)
+        1.0, "above 1: tokens that were there become less likely", *PENALTY)
 
 def generate_text(model, prompt, max_length=50, method="greedy", *, num_samples=1, seed=42,
                   streamer=None, **sampling):
@@ -591,8 +690,8 @@ def generate_text(model, prompt, max_length=50, method="greedy", *, num_samples=
 
 def encode_prompt(model, prompt):
     """The ids of a prompt. Raises InputError if it is empty or does not fit."""
-    is_text = prompt.strip() and not re.search("[\ud800-\udfff]", prompt)
-    require(is_text, "prompt", repr(prompt), "is empty, or has bytes that are no UTF-8")
+    is_text, rule = TEXT
+    require(is_text(prompt), "prompt", repr(prompt), f"must be {rule}")
     ids, n_positions = encode(model.tokenizer, prompt), model.config.n_positions
     rule = f"has {len(ids)} tokens, 1 to {n_positions} fit"
     require(0 < len(ids) <= n_positions, "prompt", repr(prompt[:30] + "…"), rule)
@@ -655,7 +754,8 @@ def next_probabilities(logits, sampling):
 
     ranked[:, sampling.top_k or logits.size(-1) :] = 0
     nucleus = sampling.top_p * ranked.sum(-1, keepdim=True)
-    ranked[ranked.cumsum(-1) - ranked >= nucleus] = 0  # the likelier tokens are enough
+    is_out = ranked.cumsum(-1) - ranked >= nucleus  # the likelier tokens are enough
+    ranked[:, 1:][is_out[:, 1:]] = 0  # a top_p that is 0 in fp32 leaves the first
     return torch.zeros_like(ranked).scatter(-1, order, ranked / ranked.sum(-1, keepdim=True))
 
 # --- Optimizers ---------------------------------------------------------------------------------
@@ -892,19 +992,24 @@ def finish_epoch(model, test_loader, settings, record, state, metrics):
         "train_accuracy": sums[N_CORRECT] / sums[N_TOKENS], "test_loss": test_loss,
         "test_perplexity": float(np.exp(test_loss)), "test_accuracy": test_accuracy,
         "tokens": int(sums[N_TOKENS]), "seconds": sums[SECONDS]})
+
+    folder = Path(settings.checkpoints, f"epoch_{epoch}")
+    if RANK == 0:
+        save_checkpoint(folder, model, record)
+    save_last(step, settings, record, state, metrics)
     say("epoch {epoch}/{0}  train loss {train_loss:.3f}, accuracy {train_accuracy:.1%}  test loss "
         "{test_loss:.3f}, accuracy {test_accuracy:.1%}, perplexity {test_perplexity:.2f}  "
         "{seconds:,.0f} s".format(settings.epochs, **record["epochs"][-1]))
 
     if RANK == 0:
-        folder = Path(settings.checkpoints, f"epoch_{epoch}")
-        save_checkpoint(folder, model, record)
+        try:
+            write_plots(Path(settings.plots), record, metrics_so_far)
+        except Exception as error:  # whatever matplotlib, its settings, or the disk raise
+            say(f"warning    no new plots in {settings.plots}: {error!r}")
         sample = generate_text(model, settings.prompt, max_length=200)
-        with whole_or_absent(folder / "sample.txt") as path:
+        with whole_or_absent(folder / "sample.txt") as path:  # the last part of an epoch
             path.write_text(sample + "\n", encoding="utf-8")
-        write_plots(Path(settings.plots), record, metrics_so_far)
         say(f"saved {folder}, which begins a story like this:\n\n{sample}\n")
-    save_last(step, settings, record, state, metrics)
 
 @torch.no_grad()
 def evaluate(model, loader):
@@ -1043,7 +1148,8 @@ def save_checkpoint(folder, model, record):
         to_gpt2(model).save_pretrained(new)
         model.tokenizer.save_pretrained(new)
         weights = new / "model.safetensors"
-        shutil.copymode(new / "config.json", weights)  # else its owner's alone
+        with if_possible("model.safetensors can be read by its owner alone"):
+            shutil.copymode(new / "config.json", weights)
         record = record | {"weights_sha256": sha256(weights)}
         (new / "training.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
 
@@ -1051,9 +1157,10 @@ def sha256(path):
     with open(path, "rb") as file:
         return file_digest(file, "sha256").hexdigest()
 
-# What a config.json may say of how a GPT-2 computes, and what it is to say here.
-GPT2_MATH = {"model_type": "gpt2", "activation_function": "gelu_new", "scale_attn_weights": True,
-             "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
+# What a config.json may say of how a GPT-2 computes.
+GPT2_MATH = {"model_type": ["gpt2"], "activation_function": ["gelu_new", "gelu_pytorch_tanh"],
+             "scale_attn_weights": [True], "scale_attn_by_inverse_layer_idx": [False],
+             "add_cross_attention": [False]}
 NEEDED_MODEL = "; it must be an epoch's folder, a run's with an epoch, or a GPT-2's name on the Hub"
 
 def load_checkpoint(name, device="cpu", **changes):
@@ -1092,6 +1199,12 @@ def load_checkpoint(name, device="cpu", **changes):
 
 def load_config(name, changes, hint):
     from transformers import GPT2Config
+    from transformers.utils.peft_utils import find_adapter_config_file
+    with reading(name, hint, hub_name=name):
+        adapter = find_adapter_config_file(str(name))
+    if adapter:
+        raise InputError(f"{name}: holds an adapter, {adapter}; merge it into its model first, with "
+                         "PEFT's merge_and_unload, and save that")
     with reading(name, hint, hub_name=name):
         values = GPT2Config.get_config_dict(name)[0] | changes
     for key in ("auto_map", "task_specific_params"):  # a stranger's code and habits
@@ -1099,9 +1212,9 @@ def load_config(name, changes, hint):
     with reading(name):
         config = GPT2Config(**values)
 
-    for key, usual in GPT2_MATH.items():
-        if values.get(key, usual) != usual:
-            raise InputError(f"{name}: {key} is {values[key]}, and only {usual} is known here")
+    for key, known in GPT2_MATH.items():
+        if values.get(key, known[0]) not in known:
+            raise InputError(f"{name}: {key} is {values[key]}, and only {known[0]} is known here")
     if not 0 < config.n_layer < 1000:
         raise InputError(f"{name}: n_layer is {config.n_layer}")
     return config
@@ -1208,12 +1321,20 @@ def whole_or_absent(path):
 def flush(path):
     """Wait until a file is on the disk, and a folder where the file system can do that."""
     is_folder = path.is_dir()
-    with suppress(OSError) if is_folder else nullcontext():
+    with if_possible("a power cut may undo a save") if is_folder else nullcontext():
         descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+@contextmanager
+def if_possible(consequence):
+    """Around what some file systems refuse, and a run can do without: what follows is said once."""
+    try:
+        yield
+    except (OSError, NotImplementedError) as error:
+        say_once(f"warning    {consequence}: {error}")
 
 def remove(path):
     shutil.rmtree(path, ignore_errors=True)  # which is for folders
@@ -1238,10 +1359,23 @@ def write_plots(folder, record, metrics):
         writer.writerows(epochs)
 
     os.environ.pop("MPLBACKEND", None)  # may name one that is not installed, and none is needed
+    import matplotlib.style
+    with matplotlib.style.context("default"):  # whatever the user's settings are
+        figure = draw(record, ends, curve)
+        with whole_or_absent(folder / "training_metrics.png") as path:
+            figure.savefig(path, format="png", dpi=120)
+
+def draw(record, ends, curve):
+    """The figure of a run: its epochs, and the training loss of the steps before each of ends."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(15, 4.5), layout="constrained")
-    figure.suptitle("{0:.1f} M parameters, {train_stories:,} training stories from {source}"
-                    .format(record["parameters"] / 1e6, **record["data"]), parse_math=False)
+    from matplotlib.font_manager import findfont, get_font
+    figure, epochs = Figure(figsize=(15, 4.5), layout="constrained"), record["epochs"]
+    letters = get_font(findfont("DejaVu Sans")).get_charmap()
+    is_drawable = all(ord(letter) in letters for letter in record["data"]["source"])
+    title = "{0:.1f} M parameters, {train_stories:,} training stories"
+    title += " from {source:.80}" if is_drawable else ""
+    title = title.format(record["parameters"] / 1e6, **record["data"])
+    figure.suptitle(title, parse_math=False)
     steps = [epoch["step"] for epoch in epochs]
     loss, accuracy, perplexity = figure.subplots(1, 3, sharex=True)
     loss.plot(ends, curve, color="C0", label="training")
@@ -1256,8 +1390,7 @@ def write_plots(folder, record, metrics):
         axes.set(title=key.capitalize(), xlabel="optimizer step", ylabel=unit)
         axes.grid(alpha=0.3)
         axes.legend()
-    with whole_or_absent(folder / "training_metrics.png") as path:
-        figure.savefig(path, format="png", dpi=120)
+    return figure
 
 # --- Main ---------------------------------------------------------------------------------------
 
@@ -1346,12 +1479,17 @@ def new_record(settings, counts, before):
                "fingerprint of the tokenizer": counts["tokenizer"]}
     versions = {name: str(sys.modules[name].__version__)
                 for name in ("torch", "transformers", "datasets")}
+
+    step, epochs = before.get("step", 0), before.get("epochs", [])
+    last_sample = Path(settings.checkpoints, f"epoch_{len(epochs)}", "sample.txt")
+    if epochs and step == epochs[-1]["step"] and not last_sample.exists():
+        epochs = epochs[:-1]  # interrupted while it was saved: it is evaluated and saved again
     return {
         "settings": asdict(settings), "processes": WORLD_SIZE, "data": counts,
         "must_match": must_match(settings) | of_data,
         "n_steps": min(settings.max_steps or math.inf, settings.epochs * steps_per_epoch),
         "steps_per_epoch": steps_per_epoch,
-        "step": before.get("step", 0), "epochs": before.get("epochs", []),
+        "step": step, "epochs": epochs,
         "script_sha256": sha256(__file__),
         "versions": versions | {"python": sys.version.split()[0]},
     }
@@ -1413,6 +1551,8 @@ def reading(what, hint="", hub_name=None):
         why = f"something is missing: {cause}" if isinstance(cause, KeyError) else str(cause)
         why = why.partition(". ")[0]  # torch continues with bad advice
         problem = "cannot be read:" if is_here else "no such file or folder; on the Hub:"
+        if hub_name and Path(hub_name).is_dir():  # it may hide a name on the Hub
+            problem = "the folder of this name here cannot be read:"
         if is_offline:
             problem, why = "no such file or folder,", "and the Hugging Face Hub cannot be reached"
         raise InputError(f"{what}: {problem} {why}{hint}") from error
@@ -1433,12 +1573,20 @@ def say(text):
         tqdm.write(text)
         sys.stdout.flush()
 
-def run(main, hint=""):
+@cache
+def say_once(text):
+    say(text)
+
+def run(main, after_interrupt="", after_no_memory=""):
     """Call main(). What a user can mend is shown as one line; other errors show a traceback."""
-    for stream in (sys.stdin, sys.stdout):  # which a notebook replaces
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # what a terminal cannot show, or has sent
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed, or never there, as in a service
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+        if hasattr(getattr(sys, name), "reconfigure"):  # not a notebook's
+            getattr(sys, name).reconfigure(errors="replace")  # what a terminal cannot show or sent
     try:
+        if sys.flags.optimize > 1:
+            raise InputError("transformers needs the docstrings that python -OO takes away; use -O")
         # With torchrun's SIGTERM, which ends the others when one has failed, there is no message.
         with on_signals(interrupt) if WORLD_SIZE == 1 else nullcontext():
             main()
@@ -1452,14 +1600,13 @@ def run(main, hint=""):
         sys.exit(1)
     except KeyboardInterrupt as error:
         number, text = error.args or (signal.SIGINT, "interrupted")
-        message, code = text + hint, 128 + number
+        message, code = text + after_interrupt, 128 + number
     except (InputError, OSError) as error:  # OSError: a full disk
         message, code = str(error), 2 if isinstance(error, InputError) else 1
     except (MemoryError, RuntimeError) as error:
         if not re.search(NO_MEMORY, repr(error)):
             raise
-        message, code = ("out of memory; halve --batch-size and double --accum-steps (a run that "
-                         "is there is then another one: --overwrite)"), 2
+        message, code = f"out of memory; {after_no_memory}", 2
     if RANK == 0 or (dist.is_initialized() and code < 128):  # at first, all say the same
         print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
@@ -1493,17 +1640,16 @@ def locked(folder):
     """Keep other runs out of a folder. The system ends the lock with its process."""
     from filelock import FileLock, Timeout
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.resolve() / ".lock", blocking=False, is_singleton=True)
-    try:
-        if RANK == 0:
-            lock.acquire()
-    except Timeout:
-        way_out = "give this one other --checkpoints and --plots"
-        raise InputError(f"{folder}: another run is writing there; {way_out}") from None
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):  # of file systems that lock nothing
-            raise
-        say(f"warning    {folder}: {error.strerror}; a second run there would not be noticed")
+    path = folder.resolve() / ".lock"
+    open(path, "a").close()  # an error here is not the lock's: nothing could be saved, either
+    lock = FileLock(path, blocking=False, is_singleton=True)
+    with if_possible(f"a second run in {folder} would not be noticed"):
+        try:
+            if RANK == 0:
+                lock.acquire()
+        except Timeout:
+            way_out = "give this one other --checkpoints and --plots"
+            raise InputError(f"{folder}: another run is writing there; {way_out}") from None
     try:
         yield
     finally:
@@ -1577,4 +1723,6 @@ def own_share(batches):
     return (batches + [batches[0][:0]] * n_missing)[RANK::WORLD_SIZE]
 
 if __name__ == "__main__":
-    run(main, "; the same command, without --overwrite, continues from the last save")
+    run(main, "; the same command, without --overwrite, continues from the last save",
+        "halve --batch-size and double --accum-steps (a run that is there is then another one: "
+        "--overwrite)")
