@@ -18,7 +18,7 @@ from typing import Literal
 
 sys.path.append(str(Path(__file__).parent))  # missing under PYTHONSAFEPATH
 from gpt2_tinystories import (
-    AT_LEAST_1,
+    FROM_1,
     InputError,
     Sampling,
     best_epoch,
@@ -47,8 +47,8 @@ TEXTS = (PROMPTS,) if isinstance(PROMPTS, str) else tuple(PROMPTS or ())
 class Settings(Sampling):
     model: str = flag(str(MODEL or "checkpoints"), "folder of a run or of an epoch, or Hub id")
     prompt: tuple = flag(TEXTS, r"beginning of a story; can be repeated; \n: new line; --prompt=-x")
-    max_length: int = flag(200, "most new tokens of a story", *AT_LEAST_1)
-    num_samples: int = flag(1, "for sample: stories for each prompt", *AT_LEAST_1)
+    max_length: int = flag(200, "most new tokens of a story", *FROM_1)
+    num_samples: int = flag(1, "for sample: stories for each prompt", *FROM_1)
     seed: int = flag(42, "for sample: seed of the first story, the next one has the next seed",
                      lambda x: 0 <= x < 2**32, "0 to 2**32 - 1")
     batch: bool = flag(False, "write all samples of a prompt at once and show them then: faster")

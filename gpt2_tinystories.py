@@ -76,8 +76,8 @@ def flag(default, help, is_allowed=lambda value: True, rule=""):
     """A field with its default, its line of --help, and its rule: as code, and in words."""
     return field(default=default, metadata={"help": help, "is_allowed": is_allowed, "rule": rule})
 
-AT_LEAST_1 = (lambda x: x >= 1, "at least 1")
-AT_LEAST_2 = (lambda x: x >= 2, "at least 2")
+FROM_1 = (lambda x: 1 <= x <= 1_000_000, "1 to 1,000,000")
+FROM_2 = (lambda x: 2 <= x <= 1_000_000, "2 to 1,000,000")
 AT_LEAST_0 = (lambda x: 0 <= x < math.inf, "0 or more")
 ABOVE_0 = (lambda x: 0 < x < math.inf, "above 0")
 TO_1 = (lambda x: 0 < x <= 1, "above 0, at most 1")
@@ -106,15 +106,15 @@ class Settings(Flags):
     tokenizer: str = flag(
         "auto", "Hub id, folder, bpe:SIZE; auto: gpt2, or bpe:4096 for sample", *NAME)
     init: str = flag("", "GPT-2 to tune, folder or Hub id; it brings its sizes and tokenizer")
-    n_positions: int = flag(256, "longest story in tokens; longer ones are cut", *AT_LEAST_2)
-    n_embd: int = flag(768, "width of the model", *AT_LEAST_1)
-    n_layer: int = flag(2, "decoder layers", *AT_LEAST_1)
-    n_head: int = flag(12, "attention heads of a layer", *AT_LEAST_1)
-    n_inner: int = flag(1536, "width of the feed-forward layers", *AT_LEAST_1)
+    n_positions: int = flag(256, "longest story in tokens; longer ones are cut", *FROM_2)
+    n_embd: int = flag(768, "width of the model", *FROM_1)
+    n_layer: int = flag(2, "decoder layers", *FROM_1)
+    n_head: int = flag(12, "attention heads of a layer", *FROM_1)
+    n_inner: int = flag(1536, "width of the feed-forward layers", *FROM_1)
     dropout: float = flag(0.0, "share of activations dropped in training", *FROM_0_BELOW_1)
-    epochs: int = flag(5, "passes over the training stories", *AT_LEAST_1)
-    batch_size: int = flag(8, "stories in a batch, in each process", *AT_LEAST_1)
-    accum_steps: int = flag(2, "batches accumulated in an optimizer step", *AT_LEAST_1)
+    epochs: int = flag(5, "passes over the training stories", *FROM_1)
+    batch_size: int = flag(8, "stories in a batch, in each process", *FROM_1)
+    accum_steps: int = flag(2, "batches accumulated in an optimizer step", *FROM_1)
     learning_rate: float = flag(3e-4, "peak of AdamW; tenfold for embedding and head", *ABOVE_0)
     muon_learning_rate: float = flag(0.02, "peak of Muon, for the layers' matrices", *ABOVE_0)
     warmup_steps: int = flag(100, "linear warm-up, at most a tenth; then decay", *AT_LEAST_0)
@@ -146,8 +146,8 @@ MAY_CHANGE = {"data", "tokenizer", "accum_steps", "save_every", "device", "preci
 
 # --- Data: stories, tokenizer, token ids, batches of similar length -----------------------------
 
-NEEDED = ("; it must be a save_to_disk folder, a .txt, .jsonl or .parquet file, a folder of those, or "
-          "a Hub id, in UTF-8, with strings in a column `text`; of splits, `train` is taken")
+NEEDED = ("; it must be a save_to_disk folder, a .txt or .jsonl file in UTF-8, .parquet files or a "
+          "Hub id, with strings in a column `text`; of splits, `train` is taken")
 SPLIT = re.compile("(?<![a-z])(train|test|valid|val|dev|eval)(?:ing|idation|uation)?(?![a-z])")
 
 def load_stories(data, cache_dir):
@@ -232,13 +232,16 @@ def stories_in_files(path, data, cache_dir):
 def train_files(folder, data):
     """The .parquet and .jsonl files in a folder, linked ones too, hidden ones not; of splits, those
     of `train`. (The rules of datasets would mix several sets, and enter no linked folders.)"""
+    from datasets.data_files import FILES_TO_IGNORE
     there = sorted(glob("**/*", root_dir=folder, recursive=True))
+    there = [name for name in there if (folder / name).is_file()]
     found = [name for name in there if name.lower().endswith((".parquet", ".jsonl"))]
-    found = found or [name for name in there if name.lower().endswith(".json")]
+    found = found or [name for name in there if name.lower().endswith(".json")
+                      and Path(name).name not in FILES_TO_IGNORE]
     split = {name: (SPLIT.findall(name.lower()) or [""])[-1] for name in found}
     chosen = [name for name in found if split[name] == "train"]
     chosen = chosen or [name for name in found if not split[name]]
-    rule = f"no stories of a split `train` in its files: {', '.join((found or there)[:5])}{NEEDED}"
+    rule = f"no stories of a split `train` in its files ({', '.join(there[:5])}){NEEDED}"
     require(chosen, "data", data, rule)
 
     # The files of one set have names of their own, which differ in numbers alone.
@@ -299,8 +302,8 @@ def read_table(path):
     from pyarrow.parquet import ParquetFile
     with open(path, "rb") as file:
         table = ParquetFile(file)
-        if "text" not in table.schema_arrow.names:
-            raise InputError("no column `text` in it")
+        if table.schema_arrow.names.count("text") != 1:
+            raise InputError("no column `text` in it, or several")
         for rows in table.iter_batches(100, columns=["text"]):
             yield from rows.column("text").to_pylist()
 
@@ -374,6 +377,10 @@ def load_tokenizer(name, stories=None, what="--tokenizer"):
     hint = "; bpe:4096 needs no network" if stories else ""
     with reading(f"{what} {name}", hint, hub_name=name):
         tokenizer = AutoTokenizer.from_pretrained(name)
+        try:
+            own = PreTrainedTokenizerFast.from_pretrained(name)  # its tokenizer.json as it is
+        except ValueError:  # it has an older format
+            own = tokenizer
     # Where files are missing, some versions of transformers return an empty tokenizer.
     if len(tokenizer) <= 1 or not tokenizer.is_fast:
         raise InputError(f"{what} {name}: its files, such as tokenizer.json, are missing or not "
@@ -382,10 +389,6 @@ def load_tokenizer(name, stories=None, what="--tokenizer"):
         raise InputError(f"{what} {name}: it has no token for the end of a text; name one in its "
                          "tokenizer_config.json, as eos_token")
 
-    try:
-        own = PreTrainedTokenizerFast.from_pretrained(name)  # its tokenizer.json as it is
-    except ValueError:  # it has an older format
-        own = tokenizer
     # The classes of some names lose a part of it, and some tokenizers add <s> or </s>.
     texts = some_texts(stories) if stories else ["Once upon a time,\n\n Zoé didn't  know it!"]
     if encode(tokenizer, texts, add_special_tokens=True) != encode(own, texts):
@@ -419,9 +422,10 @@ def check_tokenizer(tokenizer, texts, what, cache_dir):
     if first_change:
         say(f"warning    {what}: the stories are changed: {first_change}")
 
-    with whole_or_absent(cache_dir / "tokenizer") as folder, reading(what):
+    with whole_or_absent(cache_dir / "tokenizer") as folder:
         tokenizer.save_pretrained(folder)
-        saved = AutoTokenizer.from_pretrained(folder)
+        with reading(what):
+            saved = AutoTokenizer.from_pretrained(folder)
     if encode(saved, texts, add_special_tokens=True) != found:
         raise InputError(f"{what}: transformers reads another tokenizer from the saved one")
 
@@ -466,14 +470,14 @@ def prepare_data(settings, data, tokenizer=None):
         usual = "bpe:4096" if source == BUILT_IN else "gpt2"
         name = usual if settings.tokenizer == "auto" else settings.tokenizer
         tokenizer = load_tokenizer(name, train_stories)
-    if RANK == 0:
-        what = f"--init {settings.init}" if settings.init else f"--tokenizer {settings.tokenizer}"
-        texts = [settings.prompt, *some_texts(train_stories)]
-        check_tokenizer(tokenizer, texts, what, cache_dir)
 
     tokenizer_text = f"{tokenizer.eos_token_id} {tokenizer.backend_tokenizer.to_str()}"
     tokenizer_digest = digest(tokenizer_text.encode())
     key = f"{counts['fingerprint']}-{tokenizer_digest}-{n_positions}.arrow"
+    if RANK == 0 and not (cache_dir / f"test-{key}").exists():
+        what = f"--init {settings.init}" if settings.init else f"--tokenizer {settings.tokenizer}"
+        texts = [settings.prompt, *some_texts(train_stories)]
+        check_tokenizer(tokenizer, texts, what, cache_dir)
     train_set = encode_stories(train_stories, tokenizer, n_positions, cache_dir / f"train-{key}")
     test_set = encode_stories(test_stories, tokenizer, n_positions, cache_dir / f"test-{key}")
     n_train, n_test = len(train_set.lengths), len(test_set.lengths)
@@ -975,11 +979,14 @@ def check_finite(metrics, record):
 
 def show_step(bar, step, metrics):
     """Move the bar, and every ten steps show their mean loss and their speed."""
-    bar.update()
     if step % 10 == 0:
         sums = metrics[max(0, step - 9) : step + 1].sum(0).tolist()
         loss, speed = sums[LOSS] / sums[N_TOKENS], sums[N_TOKENS] / sums[SECONDS]
         bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
+    try:
+        bar.update()
+    except OSError:  # as in say
+        bar.disable = True
 
 def finish_epoch(model, test_loader, settings, record, state, metrics):
     """Evaluate, and save: the model before all else."""
@@ -1203,8 +1210,8 @@ def load_config(name, changes, hint):
     with reading(name, hint, hub_name=name):
         adapter = find_adapter_config_file(str(name))
     if adapter:
-        raise InputError(f"{name}: holds an adapter, {adapter}; merge it into its model first, with "
-                         "PEFT's merge_and_unload, and save that")
+        raise InputError(f"{name}: holds an adapter, {adapter}; merge it into its model first "
+                         "(PEFT's merge_and_unload), and save that")
     with reading(name, hint, hub_name=name):
         values = GPT2Config.get_config_dict(name)[0] | changes
     for key in ("auto_map", "task_specific_params"):  # a stranger's code and habits
@@ -1228,8 +1235,8 @@ def check_sha256(folder):
     with reading(training_json, hint):
         expected = json.loads(training_json.read_bytes()).get("weights_sha256")
     if expected not in (None, sha256(weights)):
-        raise InputError(f"{weights} is not as it was saved; if it was changed on purpose, delete "
-                         "weights_sha256 in training.json")
+        raise InputError(f"{weights} is not as it was saved: a failed copy, or a pointer of Git LFS? "
+                         "If it was changed on purpose, delete weights_sha256 in training.json")
 
 def save_last(step, settings, record, state, metrics):
     """Save the point from which an interrupted run continues."""
@@ -1413,6 +1420,7 @@ def main(argv=None):
             say(f"{folder} holds this run, and it is finished; {result(record)}")
             return
 
+        require(os.access(folder, os.W_OK), "checkpoints", folder, "cannot be written to")
         torch.manual_seed(settings.seed)
         model = base or GPT(model_config(settings, tokenizer), tokenizer)
         record["parameters"] = sum(weight.numel() for weight in model.parameters())
@@ -1551,8 +1559,8 @@ def reading(what, hint="", hub_name=None):
         why = f"something is missing: {cause}" if isinstance(cause, KeyError) else str(cause)
         why = why.partition(". ")[0]  # torch continues with bad advice
         problem = "cannot be read:" if is_here else "no such file or folder; on the Hub:"
-        if hub_name and Path(hub_name).is_dir():  # it may hide a name on the Hub
-            problem = "the folder of this name here cannot be read:"
+        if hub_name and Path(hub_name).is_dir():  # which may hide a name on the Hub
+            problem = "the local folder cannot be read:"
         if is_offline:
             problem, why = "no such file or folder,", "and the Hugging Face Hub cannot be reached"
         raise InputError(f"{what}: {problem} {why}{hint}") from error
@@ -1570,14 +1578,22 @@ def hub_answers():
 def say(text):
     """Print, from process 0 alone, above a progress bar if there is one."""
     if RANK == 0:
-        tqdm.write(text)
-        sys.stdout.flush()
+        try:
+            tqdm.write(text)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            raise
+        except OSError:  # the terminal has gone, or a log's disk is full: the run goes on
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 @cache
 def say_once(text):
     say(text)
 
-def run(main, after_interrupt="", after_no_memory=""):
+FEWER_TOKENS = ("halve --batch-size and double --accum-steps (a run that is there is then another "
+                "one: --overwrite)")
+
+def run(main, after_interrupt="", after_no_memory=FEWER_TOKENS):
     """Call main(). What a user can mend is shown as one line; other errors show a traceback."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed, or never there, as in a service
@@ -1640,9 +1656,7 @@ def locked(folder):
     """Keep other runs out of a folder. The system ends the lock with its process."""
     from filelock import FileLock, Timeout
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder.resolve() / ".lock"
-    open(path, "a").close()  # an error here is not the lock's: nothing could be saved, either
-    lock = FileLock(path, blocking=False, is_singleton=True)
+    lock = FileLock(folder.resolve() / ".lock", blocking=False, is_singleton=True)
     with if_possible(f"a second run in {folder} would not be noticed"):
         try:
             if RANK == 0:
@@ -1658,7 +1672,7 @@ def locked(folder):
 def pick_device(device, precision):
     """(device, precision) for auto: cuda, mps or cpu; bf16 where the hardware multiplies it fast,
     fp16 on a GPU without it, else fp32. Of several GPUs each process of torchrun takes its own."""
-    n_gpus, n_processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    n_gpus, n_processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     mps = torch.backends.mps.is_available() and n_processes == 1
     there = {"cuda": n_gpus >= n_processes, "mps": mps, "cpu": True}
     if device == "auto":
@@ -1723,6 +1737,4 @@ def own_share(batches):
     return (batches + [batches[0][:0]] * n_missing)[RANK::WORLD_SIZE]
 
 if __name__ == "__main__":
-    run(main, "; the same command, without --overwrite, continues from the last save",
-        "halve --batch-size and double --accum-steps (a run that is there is then another one: "
-        "--overwrite)")
+    run(main, "; the same command, without --overwrite, continues from the last save")

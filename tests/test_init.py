@@ -178,7 +178,7 @@ def test_a_tuning_that_was_interrupted_continues(foreign, workspace, monkeypatch
     [
         ("--init {} --n-layer 3", "--n-layer 3: cannot be chosen with --init {}"),
         ("--init {} --muon-learning-rate 0.01", "--muon-learning-rate 0.01: cannot be chosen with --init {}"),
-        ("--init {}/..", "/..: cannot be read: Error no file named model.safetensors"),
+        ("--init {}/..", "/..: the local folder cannot be read: Error no file named model.safetensors"),
         ("--init {} --tokenizer bpe:300", "--tokenizer bpe:300: cannot be chosen with --init {}"),
         ("--init {} --n-positions 97", "--n-positions 97: --init {} has 96, which is the most"),
         ("--init nowhere/at_all", "nowhere/at_all: no such file or folder, and the Hugging Face Hub"),

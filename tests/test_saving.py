@@ -1,0 +1,179 @@
+"""A trained model is never lost to something beside it."""
+
+import errno
+import os
+import shutil
+import stat
+from pathlib import Path
+
+import matplotlib
+import pytest
+from conftest import SIZES, draw, read_run, same_runs, train
+from matplotlib.figure import Figure
+
+import gpt2_tinystories as project
+from sample_stories import sample_stories
+
+SHORT = f"--data s.txt --fraction 1 --tokenizer bpe:300 {SIZES} --max-steps 2 --epochs 1"
+
+
+@pytest.fixture
+def stories_here(workspace):
+    Path("s.txt").write_text("<|endoftext|>".join(sample_stories(30)))
+    project.say_once.cache_clear()
+    return workspace
+
+
+def fails_once(monkeypatch, place, name, error, is_meant=lambda *arguments: True, times=1):
+    """Let the first call of place.name, of those that are meant, raise an error."""
+    usual, calls = getattr(place, name), []
+
+    def failing(*arguments, **options):
+        if is_meant(*arguments) and len(calls) < times:
+            calls.append(arguments)
+            raise error
+        return usual(*arguments, **options)
+
+    monkeypatch.setattr(place, name, failing)
+    return calls
+
+
+def is_a_folder(descriptor):
+    return stat.S_ISDIR(os.fstat(descriptor).st_mode)
+
+
+def of(name):
+    return lambda path: Path(path).name == name
+
+
+REFUSED = OSError(errno.EPERM, "Operation not permitted")
+PLACES = {
+    "permissions": (os, "chmod", REFUSED),
+    "flushing a folder": (os, "fsync", OSError(errno.EINVAL, "Invalid argument"), is_a_folder),
+    "the lock": ("fcntl", "flock", OSError(errno.ENOLCK, "No locks available")),
+    "plots": (project, "write_plots", RuntimeError("no plot today")),
+    "drawing": (Figure, "savefig", RuntimeError("Failed to process string with tex: latex could not be found")),
+    "legend": ("matplotlib.axes", "Axes.legend", ValueError("x")),
+    "fonts": ("matplotlib.font_manager", "findfont", ValueError("no font")),
+    "figures": (project, "whole_or_absent", OSError(errno.EROFS, "Read-only"), of("training_metrics.csv")),
+    "memory for the plot": (Figure, "savefig", MemoryError()),
+}
+
+
+@pytest.mark.parametrize("what", PLACES)
+def test_whatever_fails_beside_the_model_costs_no_model(what, stories_here, monkeypatch, capsys):
+    place, name, *rest = PLACES[what]
+    if isinstance(place, str):
+        place = pytest.importorskip(place)
+    if "." in name:
+        owner, name = name.split(".")
+        place = getattr(place, owner)
+    n_folders = 2 if what == "the lock" else 1  # and each of them is tried more than once
+    calls = fails_once(monkeypatch, place, name, *rest, times=9 if what == "the lock" else 1)
+    train("", SHORT)
+    model, record = read_run(epoch=1)
+    assert calls and len(record["epochs"]) == 1
+    assert Path("checkpoints/epoch_1/sample.txt").read_text().startswith("Once upon a time")
+    shown = capsys.readouterr().out
+    assert shown.count("warning    ") == n_folders, shown
+    assert str(rest[0]) in shown or repr(rest[0]) in shown
+
+
+@pytest.mark.parametrize(
+    "name, error, is_meant",
+    [
+        ("generate_text", RuntimeError("a mistake"), lambda *_: True),
+        ("whole_or_absent", OSError(errno.ENOSPC, "No space left"), of("sample.txt")),
+        ("say", BrokenPipeError(), lambda text: text.startswith("epoch 1")),
+        ("say", OSError(errno.ENOSPC, "the log's disk is full"), lambda text: text.startswith("saved ")),
+    ],
+)
+def test_what_ends_a_run_after_the_model_is_saved_leaves_the_rest_to_the_next(
+    name, error, is_meant, stories_here, monkeypatch, tmp_path_factory
+):
+    straight = tmp_path_factory.mktemp("straight")
+    shutil.copy("s.txt", straight)
+    with monkeypatch.context() as patch:
+        patch.chdir(straight)
+        train("", SHORT.replace("--epochs 1", "--epochs 2").replace("--max-steps 2", ""))
+    two_epochs = SHORT.replace("--epochs 1", "--epochs 2").replace("--max-steps 2", "")
+
+    with monkeypatch.context() as patch:
+        calls = fails_once(patch, project, name, error, is_meant)
+        with pytest.raises(type(error)):
+            train("", two_epochs)
+        assert calls
+    read_run(epoch=1)
+    train("", two_epochs)
+    same_runs(straight, stories_here)
+    for epoch in (1, 2):
+        part = f"checkpoints/epoch_{epoch}/sample.txt"
+        assert Path(part).read_text() == (straight / part).read_text()
+
+
+def test_a_finished_run_whose_last_sample_is_missing_makes_it_again(stories_here, capsys):
+    train("", SHORT)
+    sample = Path("checkpoints/epoch_1/sample.txt")
+    text = sample.read_text()
+    sample.unlink()
+    train("", SHORT)
+    assert sample.read_text() == text and "epoch 1/1" in capsys.readouterr().out
+    train("", SHORT)
+    assert "it is finished" in capsys.readouterr().out
+
+
+def test_a_folder_that_nothing_can_be_written_to_is_refused_before_the_first_step(stories_here, monkeypatch):
+    monkeypatch.setattr(project, "train", lambda *_: pytest.fail("trained for nothing"))
+    fails_once(monkeypatch, project, "whole_or_absent", OSError(errno.EROFS, "Read-only"), of("tokenizer"))
+    with pytest.raises(OSError, match="Read-only"):
+        train("", SHORT)
+
+
+# --- What is drawn does not depend on names and settings
+
+
+@pytest.fixture
+def record(monkeypatch):
+    monkeypatch.setattr(Figure, "savefig", draw)
+    epoch = {"epoch": 1, "step": 2, "tokens": 9}
+    epoch |= {f"{part}_{name}": 0.5 for part in ("train", "test") for name in ("loss", "accuracy", "perplexity")}
+    return {"n_steps": 2, "parameters": 1, "epochs": [epoch], "data": {"train_stories": 1, "source": "s"}}
+
+
+def picture(record, folder, source="s"):
+    import numpy as np
+
+    record["data"]["source"] = source
+    project.write_plots(folder, record, np.ones((2, 5)))
+    return (folder / "training_metrics.png").read_bytes()
+
+
+NAMES = ["cost_$5_and_$6", r"$\frac$", r"a\b^{c}_%&#~", "故事", "z\udce9", "a\nb", "🙂", "قصة", "x" * 255, "$$"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.filterwarnings("error")
+def test_every_name_can_be_in_the_title(name, record, tmp_path):
+    picture(record, tmp_path, name)
+
+
+def test_a_name_that_the_font_lacks_is_left_out(record, tmp_path):
+    assert picture(record, tmp_path, "故事.txt") == picture(record, tmp_path, "z\udce9.txt")
+    assert picture(record, tmp_path, "s.txt") != picture(record, tmp_path, "$s$.txt") != picture(record, tmp_path, "故")
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"text.usetex": True},
+        {"font.family": ["No Such Font"], "axes.unicode_minus": False},
+        {"savefig.format": "pdf", "savefig.bbox": "tight", "figure.constrained_layout.use": True},
+        {"axes.prop_cycle": matplotlib.cycler(color=["k"]), "axes.facecolor": "k", "lines.linestyle": "none"},
+        {"text.parse_math": True, "axes.formatter.use_mathtext": True, "mathtext.fontset": "stix"},
+    ],
+)
+def test_the_users_settings_of_matplotlib_do_not_matter(setting, record, tmp_path):
+    expected = picture(record, tmp_path)
+    with matplotlib.rc_context(setting):
+        assert picture(record, tmp_path) == expected
+        assert all(matplotlib.rcParams[name] == value for name, value in setting.items())
