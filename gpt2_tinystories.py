@@ -156,6 +156,8 @@ def load_stories(data, cache_dir):
     if data == "auto":
         data = default_stories(cache_dir)
     if data == "sample":
+        if Path(data).exists():
+            say("warning    the built-in stories are used; --data ./sample is the one that is here")
         return built_in_stories(), BUILT_IN
 
     path = Path(data)
@@ -733,8 +735,9 @@ def continue_ids(model, prompt_ids, max_length, sampling, num_samples=1, seed=42
 
 def uniform_numbers(num_samples, n, seed):
     """(B, n) numbers from 0 to below 1. Row i is that of seed + i, on every device."""
-    generators = [torch.Generator().manual_seed(seed + i) for i in range(num_samples)]
-    return torch.stack([torch.rand(n, generator=generator) for generator in generators])
+    generator = torch.Generator()
+    rows = [torch.rand(n, generator=generator.manual_seed(seed + i)) for i in range(num_samples)]
+    return torch.stack(rows)
 
 def next_ids(logits, ids, sampling, uniform=None):
     """The ids (B, 1) after ids (B, T), from logits (B, V) and, to sample, uniform numbers (B, 1).
@@ -979,14 +982,11 @@ def check_finite(metrics, record):
 
 def show_step(bar, step, metrics):
     """Move the bar, and every ten steps show their mean loss and their speed."""
+    bar.update()
     if step % 10 == 0:
         sums = metrics[max(0, step - 9) : step + 1].sum(0).tolist()
         loss, speed = sums[LOSS] / sums[N_TOKENS], sums[N_TOKENS] / sums[SECONDS]
         bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
-    try:
-        bar.update()
-    except OSError:  # as in say
-        bar.disable = True
 
 def finish_epoch(model, test_loader, settings, record, state, metrics):
     """Evaluate, and save: the model before all else."""
@@ -1235,7 +1235,7 @@ def check_sha256(folder):
     with reading(training_json, hint):
         expected = json.loads(training_json.read_bytes()).get("weights_sha256")
     if expected not in (None, sha256(weights)):
-        raise InputError(f"{weights} is not as it was saved: a failed copy, or a pointer of Git LFS? "
+        raise InputError(f"{weights} is not as it was saved: a failed copy, a pointer of Git LFS? "
                          "If it was changed on purpose, delete weights_sha256 in training.json")
 
 def save_last(step, settings, record, state, metrics):
@@ -1539,7 +1539,7 @@ def parse(flags_class, description, argv=None):
             require(name not in given, name, given.get(name), rule)
     return flags_class(**given)
 
-NO_MEMORY = "MemoryError|out of memory|allocate memory|enough memory"  # on a CPU in a RuntimeError
+NO_MEMORY = "MemoryError|out of memory|allocate memory|enough memory|bad_alloc"  # on a CPU in a RuntimeError
 
 @contextmanager
 def reading(what, hint="", hub_name=None):
@@ -1578,17 +1578,35 @@ def hub_answers():
 def say(text):
     """Print, from process 0 alone, above a progress bar if there is one."""
     if RANK == 0:
-        try:
-            tqdm.write(text)
-            sys.stdout.flush()
-        except BrokenPipeError:
-            raise
-        except OSError:  # the terminal has gone, or a log's disk is full: the run goes on
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        tqdm.write(text)
+        sys.stdout.flush()
 
 @cache
 def say_once(text):
     say(text)
+
+class Output:
+    """A stream that goes on where the terminal has gone, or a log's disk is full, as a run does."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        self.unless_it_fails(self.stream.write, text)
+
+    def flush(self):
+        self.unless_it_fails(self.stream.flush)
+
+    @staticmethod
+    def unless_it_fails(action, *arguments):
+        try:
+            action(*arguments)
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # of a reader, such as head, that wants no more
+                raise
 
 FEWER_TOKENS = ("halve --batch-size and double --accum-steps (a run that is there is then another "
                 "one: --overwrite)")
@@ -1596,10 +1614,10 @@ FEWER_TOKENS = ("halve --batch-size and double --accum-steps (a run that is ther
 def run(main, after_interrupt="", after_no_memory=FEWER_TOKENS):
     """Call main(). What a user can mend is shown as one line; other errors show a traceback."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed, or never there, as in a service
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
-        if hasattr(getattr(sys, name), "reconfigure"):  # not a notebook's
-            getattr(sys, name).reconfigure(errors="replace")  # what a terminal cannot show or sent
+        stream = getattr(sys, name) or open(os.devnull, mode)  # closed, or none, as in a service
+        if hasattr(stream, "reconfigure"):  # not a notebook's
+            stream.reconfigure(errors="replace")  # what a terminal cannot show or sent
+        setattr(sys, name, stream if mode == "r" else Output(stream))
     try:
         if sys.flags.optimize > 1:
             raise InputError("transformers needs the docstrings that python -OO takes away; use -O")

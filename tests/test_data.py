@@ -84,7 +84,7 @@ def test_a_changed_text_file_is_read_again(workspace):
         ("missing.txt", None, "no such file"),
         ("./missing/folder/of/stories", None, "no such file"),
         ("somebody/missing-dataset", None, "cannot be reached"),
-        ("stories.csv", "text\nhello\n", "its format is not known; it must be a save_to_disk folder, a .txt or .jsonl file in UTF-8"),
+        ("stories.csv", "text\nhello\n", "its format is not known; it must be a save_to_disk folder"),
         ("latin.txt", "caf\xe9<|endoftext|>b".encode("latin-1"), "'utf-8' codec can't decode"),
         ("empty.txt", "", "0 stories, of which --fraction 1.0 leaves 0: too few (a .txt needs"),
         ("one.txt", "Only one story.<|endoftext|>\n", "1 stories, of which --fraction 1.0 leaves 1: too few"),
@@ -92,8 +92,8 @@ def test_a_changed_text_file_is_read_again(workspace):
         ("broken.jsonl", '{"text": "a"}\n\n{"text": ', "cannot be read: line 3: Expecting value; it must be"),
         ("numbers.jsonl", '{"text": 1}\n{"text": 2}\n', "line 1: no string `text` in it; it must be"),
         ("mixed.jsonl", '{"text": "a"}\n{"text": {"b": 2}}\n', "with strings in a column `text`"),
-        ("other.jsonl", '{"story": "a"}\n{"story": "b"}\n', "cannot be read: line 1: no string `text` in it; it must be"),
-        ("list.jsonl", '{"text": "a"}\n["text"]\n', "cannot be read: line 2: no string `text` in it; it must be"),
+        ("other.jsonl", '{"story": "a"}\n{"story": "b"}\n', "read: line 1: no string `text` in it; it must be"),
+        ("list.jsonl", '{"text": "a"}\n["text"]\n', "read: line 2: no string `text` in it; it must be"),
         ("deep.jsonl", '{"text": "a"}\n' + "[" * 100_000, "cannot be read: "),
         ("digits.jsonl", '{"text": "a", "n": ' + "1" * 5000 + "}", "cannot be read: "),
         ("broken.parquet", b"PAR1 this is not parquet", "cannot be read"),
@@ -128,7 +128,8 @@ def test_a_broken_data_folder_is_refused_in_one_line(workspace, refused):
     (workspace / "folders" / "part.parquet").mkdir(parents=True)
     assert "no stories of a split `train` in its files ()" in refused(project.main, "--data folders")
     datasets.DatasetDict({"test": datasets.Dataset.from_dict({"text": STORIES})}).save_to_disk("no_train")
-    assert "no stories of a split `train` in its files (dataset_dict.json, test/data-" in refused(project.main, "--data no_train")
+    line = refused(project.main, "--data no_train")
+    assert "no stories of a split `train` in its files (dataset_dict.json, test/data-" in line
 
 
 def test_a_saved_story_that_is_no_text_is_refused_in_one_line(workspace, refused):
@@ -271,7 +272,8 @@ def test_a_bad_tokenizer_is_refused_in_one_line(name, workspace, refused):
 def test_an_unreadable_or_empty_tokenizer_folder_is_refused(workspace, tokenizer, refused, monkeypatch):
     tokenizer.save_pretrained(workspace / "broken")
     (workspace / "broken" / "tokenizer.json").write_text('{"version": "1.0", ')
-    assert "--tokenizer broken: the local folder cannot be read" in refused(project.main, "--data sample --tokenizer broken")
+    line = refused(project.main, "--data sample --tokenizer broken")
+    assert "--tokenizer broken: the local folder cannot be read" in line
 
     from transformers import AutoTokenizer, GPT2Tokenizer
 

@@ -225,14 +225,15 @@ def wrong(name):
 
 
 LAYOUTS = {  # files, in the order of their stories, and others, which do not count
-    "shards": (["d/data/train-00000-of-00002.parquet", "d/data/train-00001-of-00002.parquet"], ["d/data/test-0.parquet"]),
+    "shards": (["d/data/train-0-of-2.parquet", "d/data/train-1-of-2.parquet"], ["d/data/test-0-of-1.parquet"]),
     "files in folders of splits": (["d/train/0.parquet", "d/train/1.parquet"], ["d/dev/0.parquet", "d/test/0.parquet"]),
     "a test file among the training files": (["d/training_set/train-0.jsonl"], ["d/training_set/test-0.jsonl"]),
-    "hidden": (["d/a.parquet", "d/b.parquet"], ["d/.cache/a.parquet", "d/.x.parquet", "d/s/.ipynb_checkpoints/b.parquet"]),
+    "hidden": (["d/a.parquet"], ["d/.cache/a.parquet", "d/._b.parquet", "d/s/.ipynb_checkpoints/b.parquet"]),
     "any names": (["d/alice.jsonl", "d/bob.jsonl", "d/x/carol.jsonl"], []),
     "a split without a name": (["d/stories.parquet"], ["d/stories_test.parquet", "d/validation.parquet"]),
     "JSON": (["d/a.json", "d/b.json"], []),
     "JSON of no stories": (["d/a.parquet"], ["d/dataset_info.json"]),
+    "folders that are named like files": (["d/train.parquet/part-0.parquet", "d/train.parquet/part-1.parquet"], []),
     "numbers": (["d/train1.jsonl", "d/train2.jsonl"], ["d/eval.jsonl"]),
     "another split in a folder's name": (["d/test suite/train.jsonl"], ["d/test suite/validating.jsonl"]),
 }
