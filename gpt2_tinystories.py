@@ -11,11 +11,10 @@
     torchrun --nproc-per-node 8 gpt2_tinystories.py                                8 GPUs
 
 The stories are those in ./tinystories_local, else TinyStories, downloaded, else built-in ones. Each
-epoch leaves checkpoints/epoch_N, a Hugging Face GPT-2 folder with a sample story, and plots/. The
-same command again continues an interrupted run. python gpt2_generate.py writes stories.
+epoch leaves checkpoints/epoch_N, a Hugging Face GPT-2 with a sample story, and plots/. The same
+command continues an interrupted run. gpt2_generate.py writes stories.
 
-Shapes in the comments: B stories in a batch, T tokens in a story, C = n_embd, H = n_head,
-D = C / H, V = vocab_size.
+Shapes: B stories in a batch, T tokens in a story, C = n_embd, H = n_head, D = C / H, V = vocab_size
 """
 
 import argparse
@@ -51,7 +50,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-# transformers, datasets and matplotlib are imported where they are used: importing this is quick.
+# transformers, datasets and matplotlib are imported where they are used, as they take seconds.
 
 HUB_STORIES = "roneneldan/TinyStories"
 LOCAL_STORIES = Path("tinystories_local")
@@ -65,15 +64,15 @@ RANK = int(os.environ.get("RANK", 0)) if WORLD_SIZE > 1 else 0  # process 0 prin
 # --- Settings: a field is a flag, a line of --help, an entry in training.json -------------------
 
 class InputError(ValueError):
-    """A mistake that the user can mend: shown as one line, exit code 2."""
+    """A user's mistake: shown as one line, exit code 2."""
 
 def require(condition, name, value, rule):
-    """Raise InputError for the value of a flag unless the condition holds."""
+    """Raise InputError for a flag unless the condition holds."""
     if not condition:
         raise InputError(f"--{name.replace('_', '-')} {value}: {rule}")
 
 def flag(default, help, is_allowed=lambda value: True, rule=""):
-    """A field with its default, its line of --help, and its rule: as code, and in words."""
+    """A field with its line of --help, and its rule as code and in words."""
     return field(default=default, metadata={"help": help, "is_allowed": is_allowed, "rule": rule})
 
 FROM_1 = (lambda x: 1 <= x <= 1_000_000, "1 to 1,000,000")
@@ -89,7 +88,7 @@ NAME = (str.strip, "not empty")
 TEXT = (lambda x: x.strip() and not re.search("[\ud800-\udfff]", x), "text in UTF-8, not empty")
 
 class Flags:
-    """The base of dataclasses of flags: each value must pass the rule of its field."""
+    """The base of dataclasses of flags: checks each value by the rule of its field."""
 
     def __post_init__(self):
         for f in fields(self):
@@ -139,19 +138,19 @@ class Settings(Flags):
 
 NOT_WITH_INIT = {"tokenizer", "n_embd", "n_layer", "n_head", "n_inner", "muon_learning_rate"}
 
-# What may change when a run is continued. Of the data, the stories and the tokenizer are compared,
-# of accum_steps its product with the number of processes.
+# What may change when a run continues. The stories and the tokenizer are compared themselves, of
+# accum_steps its product with the number of processes.
 MAY_CHANGE = {"data", "tokenizer", "accum_steps", "save_every", "device", "precision", "compile",
               "checkpoints", "plots", "overwrite", "prompt"}
 
 # --- Data: stories, tokenizer, token ids, batches of similar length -----------------------------
 
 NEEDED = ("; it must be a save_to_disk folder, a .txt or .jsonl file in UTF-8, .parquet files or a "
-          "Hub id, with strings in a column `text`; of splits, `train` is taken")
+          "Hub id, with strings in a column `text`")
 SPLIT = re.compile("(?<![a-z])(train|test|valid|val|dev|eval)(?:ing|idation|uation)?(?![a-z])")
 
 def load_stories(data, cache_dir):
-    """The stories of --data, a datasets.Dataset of one column, `text`, and their source's name."""
+    """The stories of --data, a datasets.Dataset of a column `text`, and their source's name."""
     from datasets import load_dataset
     if data == "auto":
         data = default_stories(cache_dir)
@@ -161,14 +160,15 @@ def load_stories(data, cache_dir):
         return built_in_stories(), BUILT_IN
 
     path = Path(data)
-    saved = path / "train" if (path / "train" / "state.json").exists() else path  # a DatasetDict
-    if (saved / "state.json").exists():
-        stories, source = saved_stories(saved, data), path.absolute().name
+    source = path.absolute().name if path.exists() else data
+    saved = [part for part in (path / "train", path) if (part / "state.json").exists()]
+    if saved:
+        stories = saved_stories(saved[0], data)
     elif path.exists() and not has_configurations(path):
-        stories, source = stories_in_files(path, data, cache_dir), path.absolute().name
+        stories = stories_in_files(path, data, cache_dir)
     else:
         with reading(f"--data {data}", hub_name=data):
-            stories, source = load_dataset(path.as_posix(), split="train"), data
+            stories = load_dataset(path.as_posix(), split="train")
 
     kind = stories.features.get("text")
     if "string" not in getattr(kind, "dtype", ""):
@@ -176,14 +176,14 @@ def load_stories(data, cache_dir):
     return stories.select_columns("text"), source
 
 def default_stories(cache_dir):
-    """./tinystories_local, downloaded if need be; "sample" where that is not possible."""
+    """./tinystories_local, downloaded if need be; else "sample"."""
     if RANK == 0 and not LOCAL_STORIES.exists():
-        say(f"stories    looking for {HUB_STORIES} on the Hugging Face Hub (1 GB, kept here)")
+        say(f"stories    looking for {HUB_STORIES} on the Hub (1 GB, kept here)")
         try:
             stories, _ = load_stories(HUB_STORIES, cache_dir)
         except InputError as error:
-            say(f"{'=' * 99}\nTHE BUILT-IN STORIES are used: no ./{LOCAL_STORIES} here and no "
-                f"download:\n{error}\nOnce the folder is there, use --overwrite.\n{'=' * 99}")
+            say(f"{'=' * 99}\nTHE BUILT-IN STORIES are used: no ./{LOCAL_STORIES} and no download:"
+                f"\n{error}\nOnce the folder is there, use --overwrite.\n{'=' * 99}")
         else:
             with whole_or_absent(LOCAL_STORIES) as folder:
                 stories.save_to_disk(folder)
@@ -191,18 +191,16 @@ def default_stories(cache_dir):
 
 def built_in_stories():
     from datasets import Dataset
-    sys.path.append(str(Path(__file__).parent))  # missing under PYTHONSAFEPATH
-    try:
-        from sample_stories import sample_stories
-    except ModuleNotFoundError as error:
-        if error.name != "sample_stories":
-            raise
-        raise InputError("--data sample: sample_stories.py is not beside the script") from None
+    here = Path(__file__).parent
+    is_there = (here / "sample_stories.py").exists()
+    require(is_there, "data", "sample", "sample_stories.py is not beside the script")
+    sys.path.append(str(here))  # missing under PYTHONSAFEPATH
+    from sample_stories import sample_stories
     return Dataset.from_dict({"text": list(sample_stories(N_BUILT_IN))})
 
 def saved_stories(folder, data):
-    """The stories of a save_to_disk folder. (load_from_disk would take "::" in its path for an
-    address, and ask for the package of the format that the stories were saved with.)"""
+    """The stories of a save_to_disk folder. (load_from_disk takes "::" in a path for an address,
+    and needs the package of the format they were saved with.)"""
     from datasets import Dataset, concatenate_datasets
 
     def read(files):
@@ -212,86 +210,84 @@ def saved_stories(folder, data):
     with reading(f"--data {data}", NEEDED):
         state = json.loads((folder / "state.json").read_text("utf-8"))
         stories = read(state["_data_files"])
-        if chosen := state.get("_indices_data_files"):  # of older versions: the rows that count
+        if chosen := state.get("_indices_data_files"):  # the rows that count
             stories = stories.select(read(chosen)["indices"])
         return stories
 
 def has_configurations(folder):
-    """Whether a folder's README.md says, as on the Hub, which of its files belong together."""
+    """Whether a README.md says, as on the Hub, which files belong together."""
     from huggingface_hub import metadata_load
     readme = folder / "README.md"
     with reading(readme):
         return readme.is_file() and "configs" in (metadata_load(readme) or {})
 
 def stories_in_files(path, data, cache_dir):
-    """The stories of a file, or of a folder's files. They are kept in cache_dir, under a name of
-    the files' sizes and times."""
+    """The stories of a file or a folder's files, kept in cache_dir under their sizes and times."""
     paths = train_files(path, data) if path.is_dir() else [path]
     stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in paths]
     cache = Path(cache_dir, f"stories-{digest(repr(stats).encode())}.arrow")
-    return arrow_file(cache, {"text": "large_string"}, read_files(paths, data))
+    return arrow_file(cache, {"text": "large_string"}, read_files(paths))
 
 def train_files(folder, data):
-    """The .parquet and .jsonl files in a folder, linked ones too, hidden ones not; of splits, those
-    of `train`. (The rules of datasets would mix several sets, and enter no linked folders.)"""
+    """A folder's .parquet and .jsonl files of the split `train`, if there are splits; linked ones
+    too, hidden ones not. (datasets would mix several sets, and enter no linked folders.)"""
     from datasets.data_files import FILES_TO_IGNORE
     there = sorted(glob("**/*", root_dir=folder, recursive=True))
     there = [name for name in there if (folder / name).is_file()]
     found = [name for name in there if name.lower().endswith((".parquet", ".jsonl"))]
     found = found or [name for name in there if name.lower().endswith(".json")
                       and Path(name).name not in FILES_TO_IGNORE]
-    split = {name: (SPLIT.findall(name.lower()) or [""])[-1] for name in found}
-    chosen = [name for name in found if split[name] == "train"]
+    split = {name: SPLIT.findall(name.lower())[-1:] for name in found}
+    chosen = [name for name in found if split[name] == ["train"]]
     chosen = chosen or [name for name in found if not split[name]]
     rule = f"no stories of a split `train` in its files ({', '.join(there[:5])}){NEEDED}"
     require(chosen, "data", data, rule)
 
-    # The files of one set have names of their own, which differ in numbers alone.
+    # The names of one set's files differ, and in numbers alone.
     names = [Path(name).name for name in chosen]
     sets = {re.sub(r"[\W\d_]+", " ", name) for name in names if SPLIT.search(name.lower())}
     is_one = len(sets) < 2 and len(set(names)) == len(names)
-    rule = f"holds several sets of stories: {', '.join(chosen[:5])}; name the folder or file of one"
+    rule = f"holds several sets of stories, name one: {', '.join(chosen[:5])}"
     require(is_one, "data", data, rule)
     n_parts = max(map(int, re.findall(r"-of-(\d+)", " ".join(names))), default=0)
     if n_parts > len(names):
         say(f"warning    {data} holds {len(names)} of {n_parts} parts: {', '.join(names[:5])}")
     return [folder / name for name in chosen]
 
-def read_files(paths, data):
-    """Yield the stories of files, 100 at a time, as Arrow columns."""
+def read_files(paths):
+    """Yield the stories of files, 100 at a time."""
     import pyarrow
     readers = {".txt": read_text, ".jsonl": read_lines, ".json": read_lines, ".parquet": read_table}
     for path in paths:
         try:
-            if path.suffix.lower() not in readers:
+            if not (read := readers.get(path.suffix.lower())):
                 raise InputError("its format is not known")
-            texts = readers[path.suffix.lower()](path)
+            texts = read(path)
             while some := list(islice(texts, 100)):
                 yield {"text": pyarrow.array(some, pyarrow.large_string())}
         except MemoryError:  # Arrow's is an ArrowException, too
             raise
         except (InputError, OSError, UnicodeError, pyarrow.ArrowException) as error:
-            what = data if len(paths) == 1 else path
-            raise InputError(f"--data {what}: cannot be read: {error}{NEEDED}") from error
+            raise InputError(f"--data {path}: cannot be read: {error}{NEEDED}") from error
 
 def read_text(path):
-    """Yield the stories of a text file, separated by <|endoftext|>."""
+    """Yield a text file's stories, separated by <|endoftext|>."""
     rest = ""
     with open(path, encoding="utf-8") as file:
-        while part := file.read(max(1 << 20, len(rest))):  # so that a long story takes linear time
+        while part := file.read(max(1 << 20, len(rest))):  # long stories take linear time
             *stories, rest = (rest + part).split(END_OF_STORY)
             yield from stories
     if rest.strip():
         yield rest
 
 def read_lines(path):
-    """Yield the stories of a file of JSON objects, one on a line."""
+    """Yield the stories of JSON objects, one on a line."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line.decode("utf-8-sig"))
+                row = json.loads(line)
                 text = row.get("text", row) if isinstance(row, dict) else [row]
                 if not isinstance(text, str | None):
                     raise ValueError("no string `text` in it")
@@ -310,12 +306,12 @@ def read_table(path):
             yield from rows.column("text").to_pylist()
 
 def arrow_file(path, schema, columns):
-    """The datasets.Dataset in an Arrow file, which is written from columns if it is not there. (Not
-    Dataset.map, whose temporary file stays for good where a run is killed.)"""
+    """The Dataset in an Arrow file, which is written from columns if it is not there. (Dataset.map
+    would leave a temporary file where a run is killed.)"""
     import pyarrow
     from datasets import Dataset
     if not path.exists():
-        schema = pyarrow.schema(list(schema.items()))
+        schema = pyarrow.schema(schema)
         with (whole_or_absent(path) as new, pyarrow.OSFile(str(new), "wb") as sink,
               pyarrow.ipc.new_stream(sink, schema) as writer):
             for some in columns:
@@ -324,7 +320,7 @@ def arrow_file(path, schema, columns):
         return Dataset.from_file(str(path))
 
 def clean(text):
-    """A story without white space, byte-order marks and written <|endoftext|> at its ends."""
+    """A story without white space, byte-order marks and <|endoftext|> at its ends."""
     previous = None
     while text != previous:
         previous, text = text, text.strip().strip("\ufeff")
@@ -332,22 +328,20 @@ def clean(text):
     return text
 
 def split_stories(stories, settings):
-    """(train, test, counts): a seeded random slice, without empty stories and duplicates."""
+    """(train, test, counts): a random slice, without empty stories and duplicates."""
     rng = np.random.default_rng(settings.seed)
     n_chosen = min(len(stories), max(1, round(settings.fraction * len(stories))))
     chosen = stories.select(np.sort(rng.choice(len(stories), n_chosen, replace=False)))
 
-    hashes = np.zeros(n_chosen, np.uint64)
     texts = (clean(text or "") for rows in chosen.iter(100) for text in rows["text"])
+    hashes = (int(digest(text.encode()), 16) if text else 0 for text in texts)
     try:
-        for i, text in enumerate(texts):
-            hashes[i] = int(digest(text.encode()), 16) if text else 0
+        hashes = np.fromiter(hashes, np.uint64, n_chosen)
     except UnicodeError as error:
         raise InputError(f"--data {settings.data}: cannot be read: {error}") from error
 
     _, firsts = np.unique(hashes, return_index=True)  # the first story of each text
-    kept = np.sort(firsts[hashes[firsts] != 0])  # without the empty ones
-    kept = rng.permutation(kept)
+    kept = rng.permutation(np.sort(firsts[hashes[firsts] != 0]))  # without the empty ones
     n_test = max(1, round(settings.test_fraction * len(kept)))
     rule = (f"{len(stories)} stories, of which --fraction {settings.fraction} leaves {len(kept)}: "
             f"too few (a .txt needs {END_OF_STORY} between)")
@@ -365,14 +359,14 @@ def digest(content):
     return blake2b(content, digest_size=8).hexdigest()
 
 def load_tokenizer(name, stories=None, what="--tokenizer"):
-    """A Hugging Face tokenizer, by Hub id or folder; bpe:SIZE trains one like GPT-2's."""
+    """A tokenizer, by Hub id or folder; bpe:SIZE trains one like GPT-2's."""
     from tokenizers.processors import TemplateProcessing
     from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
     if name.startswith("bpe:"):
         size = int(name[4:]) if name[4:].isdecimal() else 0
-        rule = "needs a size above 256, the number of bytes, and at most 1,000,000"
+        rule = "needs a size above 256, at most 1,000,000"
         require(256 < size <= 1_000_000, "tokenizer", name, rule)
-        # Of a story 10,000 characters at most: a very long word takes quadratic time.
+        # Of 10,000 characters at most: a very long word takes quadratic time.
         texts = ([clean(text)[:10_000] for text in rows["text"]] for rows in stories.iter(100))
         return GPT2Tokenizer().train_new_from_iterator(texts, size, show_progress=False)
 
@@ -380,18 +374,18 @@ def load_tokenizer(name, stories=None, what="--tokenizer"):
     with reading(f"{what} {name}", hint, hub_name=name):
         tokenizer = AutoTokenizer.from_pretrained(name)
         try:
-            own = PreTrainedTokenizerFast.from_pretrained(name)  # its tokenizer.json as it is
-        except ValueError:  # it has an older format
+            own = PreTrainedTokenizerFast.from_pretrained(name)  # tokenizer.json as it is
+        except ValueError:  # its files have an older format
             own = tokenizer
-    # Where files are missing, some versions of transformers return an empty tokenizer.
+    # Where files are missing, transformers may return an empty one.
     if len(tokenizer) <= 1 or not tokenizer.is_fast:
         raise InputError(f"{what} {name}: its files, such as tokenizer.json, are missing or not "
-                         f"usable ({len(tokenizer)} tokens): copy them from where it comes from")
+                         f"usable ({len(tokenizer)} tokens): copy them")
     if tokenizer.eos_token_id is None:
-        raise InputError(f"{what} {name}: it has no token for the end of a text; name one in its "
-                         "tokenizer_config.json, as eos_token")
+        raise InputError(f"{what} {name}: it has no token for the end of a text, an eos_token in "
+                         "tokenizer_config.json")
 
-    # The classes of some names lose a part of it, and some tokenizers add <s> or </s>.
+    # Classes such as GPT2Tokenizer lose parts of some files, and some tokenizers add <s> or </s>.
     texts = some_texts(stories) if stories else ["Once upon a time,\n\n Zoé didn't  know it!"]
     if encode(tokenizer, texts, add_special_tokens=True) != encode(own, texts):
         special = own.special_tokens_map | {"eos_token": tokenizer.eos_token}
@@ -400,56 +394,60 @@ def load_tokenizer(name, stories=None, what="--tokenizer"):
     return tokenizer
 
 def some_texts(stories):
-    """100 of the stories or, if they are fewer, all."""
+    """About 100 of the stories."""
     some = stories.select(range(0, len(stories), math.ceil(len(stories) / 100)))
     return [clean(text)[:10_000] for text in some["text"]]
 
 def check_tokenizer(tokenizer, texts, what, cache_dir):
-    """Raise InputError unless texts come back from a tokenizer as they were, and the one that will
-    be saved, called plainly, gives the same ids. Lower case and white space beside punctuation are
-    only said: they are usual in small vocabularies, such as that of simple_stories_train."""
+    """Raise InputError unless texts come back from a tokenizer as they were, and the saved one,
+    called plainly, gives the same ids. Lower case and added white space, usual in small
+    vocabularies, are only said."""
     from transformers import AutoTokenizer
-    def words(text):
-        return re.findall(r"\w+|[^\w\s]", normalize("NFC", text).casefold())
 
-    found, first_change = encode(tokenizer, texts), None
+    def letters_and_n_words(text):
+        text = normalize("NFC", text).casefold()
+        return "".join(text.split()), len(re.findall(r"\w+", text))
+
+    found, changes = encode(tokenizer, texts), []
     for text, ids in zip(texts, found, strict=True):
         text, back = text.strip(), tokenizer.decode(ids).strip()
         n_same = len(os.path.commonprefix([text, back]))
         part = slice(max(0, n_same - 20), n_same + 20)
         change = f"{text[part]!r} comes back as {back[part]!r}"
-        if words(back) != words(text):
+        (letters, n_words), (same, n_back) = map(letters_and_n_words, (text, back))
+        if letters != same or n_back < n_words:
             raise InputError(f"{what}: it loses text: {change}; bpe:4096 keeps all")
-        first_change = first_change or (back != text and change)
-    if first_change:
-        say(f"warning    {what}: the stories are changed: {first_change}")
+        if back != text:
+            changes.append(change)
+    if changes:
+        say(f"warning    {what}: the stories are changed: {changes[0]}")
 
     with whole_or_absent(cache_dir / "tokenizer") as folder:
         tokenizer.save_pretrained(folder)
         with reading(what):
             saved = AutoTokenizer.from_pretrained(folder)
     if encode(saved, texts, add_special_tokens=True) != found:
-        raise InputError(f"{what}: transformers reads another tokenizer from the saved one")
+        raise InputError(f"{what}: once saved, transformers reads it as another one")
 
 def vocab_size_of(tokenizer):
     return max(tokenizer.get_vocab().values()) + 1  # there may be holes
 
 def encode(tokenizer, texts, add_special_tokens=False):
-    """Token ids of texts. A written <|endoftext|> is plain characters, not the end of a story."""
+    """Token ids of texts. A written <|endoftext|> is plain characters."""
     options = {"add_special_tokens": add_special_tokens, "split_special_tokens": True}
     return tokenizer(texts, verbose=False, **options)["input_ids"]
 
-# ids: a memory-mapped Arrow column; lengths: the number of targets of each story, its ids but the
-# first; n_cut: how many stories were longer.
+# ids: a memory-mapped Arrow column; lengths: the targets of each story, its ids but the first;
+# n_cut: how many stories were longer.
 Tokens = namedtuple("Tokens", "ids lengths n_cut")
 
 def encode_stories(stories, tokenizer, n_positions, path):
-    """The Tokens of stories, kept in a file: ids and <|endoftext|>, n_positions + 1 at most."""
+    """The Tokens of stories, ids and <|endoftext|>, n_positions + 1 at most, kept in a file."""
     import pyarrow
     end, n_ids = tokenizer.eos_token_id, n_positions + 1
 
     def columns():
-        # Of a very long story a first part has all the tokens that are kept.
+        # The first part of a very long story has all the tokens that are kept.
         n_characters = max(10_000, n_ids * max(map(len, tokenizer.get_vocab())))
         for rows in tqdm(stories.iter(100), "tokenising", -(-len(stories) // 100)):
             texts = [clean(text)[:n_characters] for text in rows["text"]]
@@ -464,18 +462,19 @@ def encode_stories(stories, tokenizer, n_positions, path):
     return Tokens(ids, lengths, int(np.sum(table.column("is_cut"))))
 
 def prepare_data(settings, data, tokenizer=None):
-    """(train_set, test_set, tokenizer, counts): the Tokens of the stories that data names."""
+    """(train_set, test_set, tokenizer, counts): the Tokens of stories."""
     cache_dir, n_positions = Path(settings.checkpoints, "data"), settings.n_positions
     stories, source = load_stories(data, cache_dir)
     train_stories, test_stories, counts = split_stories(stories, settings)
     if not tokenizer:
-        usual = "bpe:4096" if source == BUILT_IN else "gpt2"
-        name = usual if settings.tokenizer == "auto" else settings.tokenizer
+        name = settings.tokenizer
+        if name == "auto":
+            name = "bpe:4096" if source == BUILT_IN else "gpt2"
         tokenizer = load_tokenizer(name, train_stories)
 
-    tokenizer_text = f"{tokenizer.eos_token_id} {tokenizer.backend_tokenizer.to_str()}"
-    tokenizer_digest = digest(tokenizer_text.encode())
-    key = f"{counts['fingerprint']}-{tokenizer_digest}-{n_positions}.arrow"
+    text = f"{tokenizer.eos_token_id} {tokenizer.backend_tokenizer.to_str()}"
+    counts |= {"source": source, "tokenizer": digest(text.encode())}
+    key = f"{counts['fingerprint']}-{counts['tokenizer']}-{n_positions}.arrow"
     if RANK == 0 and not (cache_dir / f"test-{key}").exists():
         what = f"--init {settings.init}" if settings.init else f"--tokenizer {settings.tokenizer}"
         texts = [settings.prompt, *some_texts(train_stories)]
@@ -485,16 +484,15 @@ def prepare_data(settings, data, tokenizer=None):
     n_train, n_test = len(train_set.lengths), len(test_set.lengths)
     require(n_train and n_test, "tokenizer", settings.tokenizer, "knows nothing of the stories")
 
-    n_unknown = len(train_stories) + len(test_stories) - n_train - n_test  # stories of no tokens
-    counts["empty"] += n_unknown
-    counts |= {"source": source, "tokenizer": tokenizer_digest, "train_stories": n_train,
-               "test_stories": n_test, "train_tokens": int(train_set.lengths.sum()),
+    counts["empty"] += len(train_stories) + len(test_stories) - n_train - n_test  # of no tokens
+    counts |= {"train_stories": n_train, "test_stories": n_test,
+               "train_tokens": int(train_set.lengths.sum()),
                "stories_cut": train_set.n_cut + test_set.n_cut}
     return train_set, test_set, tokenizer, counts
 
 def epoch_batches(lengths, batch_size, seed, epoch):
-    """The batches of an epoch, arrays of story numbers: a pure function of its arguments. Stories
-    of similar length come together, so that little is padding."""
+    """The batches of an epoch, arrays of story numbers. Stories of similar length come together, so
+    that little is padding."""
     rng = np.random.default_rng((seed, epoch))
     order = rng.permutation(len(lengths))
     batches = []
@@ -504,7 +502,7 @@ def epoch_batches(lengths, batch_size, seed, epoch):
     return [batches[i] for i in rng.permutation(len(batches))]
 
 def step_batches(lengths, settings, steps_per_epoch, first_step=0):
-    """Yield the batches of each optimizer step, of all processes, from first_step on."""
+    """Yield each step's batches, of all processes, from first_step on."""
     per_step = settings.accum_steps * WORLD_SIZE  # batches
     epochs_done, steps_done = divmod(first_step, steps_per_epoch)
     for epoch in count(epochs_done + 1):
@@ -514,19 +512,19 @@ def step_batches(lengths, settings, steps_per_epoch, first_step=0):
         steps_done = 0
 
 def pad_batch(stories):
-    """(input_ids, targets), both (B, T): the ids, and the same moved by one. The target of padding
-    is IGNORE; the <|endoftext|> that ends a story is a real one."""
+    """(input_ids, targets), both (B, T): the ids, and the same moved by one, with IGNORE for
+    padding."""
     stories = [torch.from_numpy(story.values.to_numpy().astype(np.int64)) for story in stories]
-    stories = stories or [torch.full((2,), IGNORE)]  # of no stories: one token of padding
+    stories = stories or [torch.full((2,), IGNORE)]  # none: one token of padding
     ids = nn.utils.rnn.pad_sequence(stories, batch_first=True, padding_value=IGNORE)
     return ids[:, :-1].clamp(min=0), ids[:, 1:]
 
 def make_loader(ids, batches):
-    """A DataLoader of (input_ids, targets) for batches of story numbers."""
+    """A loader of (input_ids, targets) for batches of story numbers."""
     return torch.utils.data.DataLoader(ids, batch_sampler=batches, collate_fn=pad_batch)
 
 def to_device(batch, device):
-    """The tensors of a batch on a device; a GPU fetches them while the CPU continues."""
+    """A batch on a device; a GPU fetches it while the CPU continues."""
     if device.type == "cuda":
         return [tensor.pin_memory().to(device, non_blocking=True) for tensor in batch]
     return [tensor.to(device) for tensor in batch]
@@ -571,8 +569,8 @@ class Block(nn.Module):
         return x + self.drop(self.mlp(self.ln_2(x)))
 
 class GPT(nn.Module):
-    """GPT-2. A new one has sinusoids as positions, which are not trained. config: a
-    transformers.GPT2Config, which says whether the head is tied; tokenizer: for generate_text."""
+    """GPT-2, of a transformers.GPT2Config. A new one has sinusoids as positions, which are not
+    trained. tokenizer: for generate_text."""
 
     def __init__(self, config, tokenizer=None):
         super().__init__()
@@ -591,7 +589,7 @@ class GPT(nn.Module):
         self.init_weights(config.initializer_range)
 
     def init_weights(self, std):
-        """Biases are 0, matrices N(0, std^2), and c_proj, whose results add up, smaller."""
+        """Biases 0, matrices N(0, std^2), c_proj, whose results add up, smaller."""
         n_added = 2 * self.config.n_layer
         for name, weight in self.named_parameters():
             if name.endswith("bias"):
@@ -603,10 +601,10 @@ class GPT(nn.Module):
         self.transformer.wpe.weight = nn.Parameter(position, requires_grad=False)
 
     def forward(self, input_ids, targets=None, cache=None, last_only=False):
-        """Logits (B, T, V) for the token after each of input_ids (B, T), T at most n_positions; or
-        (B, 1, V), after the last one. Given targets (B, T): their cross-entropy in nats and the
-        number of correct guesses, both summed over the real tokens. With a cache, at first an
-        empty_cache, each further call takes one more token."""
+        """Logits (B, T, V) for the token after each of input_ids (B, T), or after the last only.
+        Given targets (B, T): their cross-entropy in nats and the number of correct guesses, both
+        summed over the real tokens. A cache, at first an empty_cache, then takes one token a call.
+        """
         n_cached = 0 if cache is None else cache[0]["k"].size(2)
         if n_cached and input_ids.size(1) > 1:
             raise ValueError("a cache with tokens takes one more at a time")
@@ -627,14 +625,14 @@ class GPT(nn.Module):
         return loss, n_correct
 
     def empty_cache(self, batch_size):
-        """The keys and values of no tokens, (B, H, 0, D), of each layer: a cache for forward."""
+        """A cache for forward: each layer's keys and values (B, H, 0, D) of no tokens."""
         size = (batch_size, self.config.n_head, 0, self.config.n_embd // self.config.n_head)
         empty = self.lm_head.weight.new_empty(size)
         return [{"k": empty, "v": empty} for _ in self.transformer.h]
 
     def clip_gradients(self, max_norm):
-        """Scale all gradients down to this norm, if theirs is larger; returns theirs. (This and the
-        next are methods because the folded vocabulary, below, has its own.)"""
+        """Scale all gradients down to at most this norm; returns theirs. (The folded vocabulary,
+        below, has its own way for this and the next.)"""
         return nn.utils.clip_grad_norm_(self.parameters(), max_norm)
 
     def gpt2_state_dict(self):
@@ -653,7 +651,7 @@ def sinusoid(n_positions, n_embd):
 
 @contextmanager
 def evaluation_mode(model):
-    """No dropout inside; afterwards the mode that was there before."""
+    """No dropout inside; afterwards as before."""
     was_training = model.training
     try:
         yield model.eval()
@@ -675,10 +673,9 @@ class Sampling(Flags):
 
 def generate_text(model, prompt, max_length=50, method="greedy", *, num_samples=1, seed=42,
                   streamer=None, **sampling):
-    """The prompt and at most max_length new tokens, up to <|endoftext|>: a str; if num_samples > 1,
-    a list of so many; of a list of prompts, the list of all texts. InputError if a prompt is empty
-    or too long. sampling: the other fields of Sampling. Sample i of a prompt is drawn with
-    seed + i, alone or among others. streamer, a TextStreamer, gets each token at once. When the
+    """The prompt and at most max_length new tokens, up to <|endoftext|>: a str; of several samples
+    or a list of prompts, the list of all texts. sampling: the other fields of Sampling. Sample i of
+    a prompt is drawn with seed + i. streamer: a TextStreamer, gets each token at once. When the
     context is full, its older half is dropped."""
     sampling = Sampling(method=method, **sampling)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -695,7 +692,7 @@ def generate_text(model, prompt, max_length=50, method="greedy", *, num_samples=
     return texts[0] if isinstance(prompt, str) and num_samples == 1 else texts
 
 def encode_prompt(model, prompt):
-    """The ids of a prompt. Raises InputError if it is empty or does not fit."""
+    """The ids of a prompt, or InputError if it is empty or does not fit."""
     is_text, rule = TEXT
     require(is_text(prompt), "prompt", repr(prompt), f"must be {rule}")
     ids, n_positions = encode(model.tokenizer, prompt), model.config.n_positions
@@ -705,7 +702,7 @@ def encode_prompt(model, prompt):
 
 @torch.no_grad()
 def continue_ids(model, prompt_ids, max_length, sampling, num_samples=1, seed=42, streamer=None):
-    """num_samples lists of ids: prompt_ids, and up to max_length more."""
+    """num_samples lists: prompt_ids, and up to max_length more."""
     n_positions, end = model.config.n_positions, model.tokenizer.eos_token_id
     ids = torch.tensor([prompt_ids] * num_samples, device=model.device)  # (B, T)
     uniform = None
@@ -741,7 +738,7 @@ def uniform_numbers(num_samples, n, seed):
 
 def next_ids(logits, ids, sampling, uniform=None):
     """The ids (B, 1) after ids (B, T), from logits (B, V) and, to sample, uniform numbers (B, 1).
-    The penalty is that of Keskar et al., "CTRL: A Conditional Transformer Language Model", 4.1."""
+    The penalty is that of Keskar et al., "CTRL", 2019."""
     if sampling.repetition_penalty != 1:
         penalty, seen = sampling.repetition_penalty, logits.gather(1, ids)
         seen = torch.where(seen < 0, seen * penalty, seen / penalty)
@@ -755,7 +752,7 @@ def next_ids(logits, ids, sampling, uniform=None):
 def next_probabilities(logits, sampling):
     """Probabilities (B, V) from logits (B, V): temperature, then the top_k likeliest, then the
     nucleus of top_p (Holtzman et al., "The Curious Case of Neural Text Degeneration")."""
-    logits = logits - logits.amax(-1, keepdim=True)  # 0 at most, so that a cold one cannot overflow
+    logits = logits - logits.amax(-1, keepdim=True)  # a cold one cannot overflow
     probabilities = (logits / max(sampling.temperature, 1e-30)).softmax(-1)
     ranked, order = probabilities.sort(descending=True)
 
@@ -768,8 +765,8 @@ def next_probabilities(logits, sampling):
 # --- Optimizers ---------------------------------------------------------------------------------
 
 def make_optimizers(model, settings, dtype):
-    """AdamW, at ten times the rate for embedding and head, and Muon, with products in dtype, for
-    the layers' matrices. With --init AdamW alone, at one rate, as it has trained those weights."""
+    """Muon for the layers' matrices, AdamW for the rest, at ten times the rate for embedding and
+    head. With --init AdamW alone, at one rate, as it has trained those weights."""
     def group_of(weights, rate, decay=settings.weight_decay):
         return {"params": list(weights), "lr": rate, "peak_lr": rate, "weight_decay": decay}
 
@@ -794,7 +791,7 @@ def make_optimizers(model, settings, dtype):
     return optimizers
 
 def check_that_all_are_trained(model, optimizers):
-    """A weight of no optimizer would never learn, and its gradient would clip all the others'."""
+    """A weight of no optimizer never learns, and its gradient clips the others'."""
     times = Counter(id(weight) for group in groups_of(optimizers) for weight in group["params"])
     for name, weight in model.named_parameters():
         if weight.requires_grad and times[id(weight)] != 1:
@@ -804,14 +801,14 @@ def groups_of(optimizers):
     return [group for optimizer in optimizers.values() for group in optimizer.param_groups]
 
 def schedule(step, n_steps, warmup_steps):
-    """The share of the peak rate at step `step`, from 0: linear warm-up, then linear decay to 0."""
+    """The share of the peak rate: linear warm-up, then linear decay to 0."""
     warmup = min(warmup_steps, n_steps // 10)
     return min((step + 1) / (warmup + 1), (n_steps - step) / (n_steps - warmup))
 
 class Muon(torch.optim.Optimizer):
     """Momentum made orthogonal, so that a matrix learns as fast in all directions (Jordan et al.,
-    "Muon: An optimizer for hidden layers in neural networks", 2024). torch.optim.Muon computes in
-    bf16 alone, which is very slow on many CPUs. Each group is of matrices of one shape (M, N)."""
+    "Muon", 2024). A group is of matrices of one shape (M, N). torch.optim.Muon computes in bf16
+    alone, which is slow on many CPUs."""
 
     def __init__(self, groups, dtype):
         super().__init__(groups, {})
@@ -853,14 +850,14 @@ def orthogonalize(x, dtype):
 
 # --- Training -----------------------------------------------------------------------------------
 
-# The columns of metrics, which has a row for each optimizer step: sums over its tokens, in all
-# processes; the norm of its gradient; its seconds.
+# The columns of metrics, which has a row for each optimizer step: sums over its tokens, the norm of
+# its gradient, its seconds.
 COLUMNS = range(5)
 LOSS, N_CORRECT, N_TOKENS, NORM, SECONDS = COLUMNS
 
 def train(model, train_set, test_set, settings, record, precision):
-    """Train to the last step: from last.pt, if the record is of a run that continues. record: what
-    training.json is to hold, with the epochs that are done."""
+    """Train to the last step, from last.pt if the record is of a run that continues. record: what
+    training.json is to hold."""
     device, n_steps = model.device, record["n_steps"]
     autocast = torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
@@ -919,9 +916,9 @@ def train(model, train_set, test_set, settings, record, precision):
                 finish_epoch(model, test_loader, settings, record, state, metrics)
 
 def backward(learner, batches, n_tokens, autocast, scaler):
-    """Add up the gradients of batches: those of the mean loss over n_tokens real tokens, of all
-    processes, so that batches of any size and number make the same update. Returns the summed loss
-    and number of correct guesses of this process (2,), on its device: nobody waits to see them."""
+    """Add up the gradients of the mean loss over n_tokens, the real tokens of all processes, so
+    that batches of any size and number make the same update. Returns this process's summed loss and
+    number of correct guesses (2,), on its device: nobody waits to see them."""
     sums = 0
     for i, batch in enumerate(batches, 1):
         input_ids, targets = to_device(batch, learner.device)
@@ -935,8 +932,8 @@ def backward(learner, batches, n_tokens, autocast, scaler):
     return sums
 
 def update(model, optimizers, grad_clip, scaler):
-    """Clip the gradients, take a step, clear them. Returns their norm. In fp16 it may overflow: the
-    step is skipped, and the norm 0, as long as the scale can be reduced."""
+    """Clip the gradients, take a step, clear them. Returns their norm: 0 where it overflows in fp16
+    and the step is skipped, as long as the scale can be reduced."""
     for optimizer in optimizers.values():
         scaler.unscale_(optimizer)
     norm = model.clip_gradients(grad_clip)
@@ -950,8 +947,7 @@ def update(model, optimizers, grad_clip, scaler):
     return torch.zeros_like(norm) if is_skipped and scaler.get_scale() >= 1 else norm
 
 def make_learner(model, batch, settings, autocast, scaler):
-    """What backward takes: the model, compiled if that works on a batch (each process tries), and
-    joined with those of the other processes."""
+    """The model, compiled if that works on a batch, and joined with those of other processes."""
     learner = model.train()
     if settings.compile == "on" or (settings.compile == "auto" and model.device.type == "cuda"):
         try:
@@ -967,18 +963,17 @@ def make_learner(model, batch, settings, autocast, scaler):
     return learner
 
 def end_of_epoch(record):
-    """The step after which the present epoch is over."""
+    """The step at which the present epoch ends."""
     return min((len(record["epochs"]) + 1) * record["steps_per_epoch"], record["n_steps"])
 
 def check_finite(metrics, record):
-    """Raise InputError where a figure of the steps is not finite."""
+    """Raise InputError if a figure is not finite."""
     if len(bad := (~metrics.isfinite().all(1)).nonzero()):
         if RANK:
             sys.exit(2)  # process 0 says the same
         saved = f"last.pt is good, of step {record['step']}" if record["step"] else "none was saved"
-        raise InputError(f"step {int(bad[0]) + 1}: the loss or its gradient is not finite, the run "
-                         f"stops; {saved}. Continue with --precision fp32, or --overwrite with "
-                         "smaller learning rates")
+        raise InputError(f"step {int(bad[0]) + 1}: the loss or its gradient is not finite; "
+                         f"{saved}. Take --precision fp32, or --overwrite and smaller rates")
 
 def show_step(bar, step, metrics):
     """Move the bar, and every ten steps show their mean loss and their speed."""
@@ -1011,7 +1006,7 @@ def finish_epoch(model, test_loader, settings, record, state, metrics):
     if RANK == 0:
         try:
             write_plots(Path(settings.plots), record, metrics_so_far)
-        except Exception as error:  # whatever matplotlib, its settings, or the disk raise
+        except Exception as error:  # whatever matplotlib or the disk raise
             say(f"warning    no new plots in {settings.plots}: {error!r}")
         sample = generate_text(model, settings.prompt, max_length=200)
         with whole_or_absent(folder / "sample.txt") as path:  # the last part of an epoch
@@ -1020,7 +1015,7 @@ def finish_epoch(model, test_loader, settings, record, state, metrics):
 
 @torch.no_grad()
 def evaluate(model, loader):
-    """(nats a token, share of correct guesses) over a loader's real tokens, in all processes."""
+    """(nats a token, share of correct guesses) over the real tokens, in all processes."""
     sums = 0
     with evaluation_mode(model):
         for batch in loader:
@@ -1031,7 +1026,7 @@ def evaluate(model, loader):
     return loss / n_tokens, n_correct / n_tokens
 
 def compute_perplexity(model, test_loader):
-    """exp of the mean cross-entropy: each token counts the same, whatever the batch size."""
+    """exp of the mean cross-entropy of a token, whatever the batch size."""
     return float(np.exp(evaluate(model, test_loader)[0]))
 
 def say_what_is_trained(record, device, precision):
@@ -1052,13 +1047,12 @@ def progress_bar(record):
 class FoldedGPT(GPT):
     """A GPT that keeps one row of embedding and head for all n tokens that no story has.
 
-    Such a token is never an input and never a target: its row of wte gets no gradient, and that of
-    its row of lm_head depends on this row alone, so rows that are equal at first stay equal. One
-    row can stand for all n: n tokens of one logit z add n exp(z) = exp(z + log n) to the softmax's
-    denominator, and the gradient of the row is the sum of their n equal ones. This needs a rule:
-    whatever updates wte and lm_head treats all rows alike.
+    Such a token is never an input or a target: its row of wte gets no gradient, and that of its row
+    of lm_head depends on this row alone, so rows that are equal at first stay equal, if whatever
+    updates them treats all alike. One row can stand for n: tokens of one logit z add n exp(z) =
+    exp(z + log n) to the softmax's denominator, and its gradient is the sum of their n equal ones.
 
-    has_own_row: a mask (V,) of the tokens that do not share, on the CPU, like the model, whose
+    has_own_row: a mask (V,) of the tokens that do not share, on the CPU like the model, whose
     layers this takes over. R rows are left."""
 
     def __init__(self, model, has_own_row):
@@ -1096,8 +1090,8 @@ class FoldedGPT(GPT):
         return (loss * is_real).sum(), n_correct
 
     def clip_gradients(self, max_norm):
-        # Divided by sqrt(n), the shared row's gradient has the norm of those of n equal rows; by
-        # sqrt(n) again, it is one of these.
+        # Divided by sqrt(n), the shared row's gradient has the norm of n equal ones; by sqrt(n)
+        # again, it is one of these.
         shared = self.lm_head.weight.grad[-1]  # a view
         shared /= math.sqrt(self.n_shared)
         norm = super().clip_gradients(max_norm)
@@ -1111,8 +1105,8 @@ class FoldedGPT(GPT):
         return weights
 
 def fold_unused_tokens(model, *token_sets):
-    """The FoldedGPT of a new model, which has a row for each token in some Tokens, and for some
-    more, up to a multiple of 64 rows: matrix products of that size are faster."""
+    """The FoldedGPT of a new model, with a row for each token in some Tokens, and for some more: a
+    multiple of 64 rows, whose matrix products are faster."""
     has_own_row = torch.zeros(model.config.vocab_size, dtype=torch.bool)
     for chunk in (chunk for tokens in token_sets for chunk in tokens.ids.chunks):
         has_own_row[torch.from_numpy(chunk.flatten().to_numpy().astype(np.int64))] = True
@@ -1121,8 +1115,8 @@ def fold_unused_tokens(model, *token_sets):
     return FoldedGPT(model, has_own_row)
 
 def fold_equal_rows(model):
-    """The FoldedGPT of a loaded model on the CPU, which writes faster. Tokens with equal rows have
-    equal numbers in them: with the most frequent one, the largest group is found."""
+    """The FoldedGPT of a loaded model on the CPU, which writes faster. The largest group of equal
+    rows is that with the most frequent number in it."""
     layers, values = (model.transformer.wte, model.lm_head), model.lm_head.weight[:, 0]
     first = (values == values.mode().values).nonzero()[0]
     is_equal = torch.stack([(layer.weight == layer.weight[first]).all(1) for layer in layers])
@@ -1131,12 +1125,12 @@ def fold_equal_rows(model):
 # --- Checkpoints: Hugging Face GPT-2 folders, and the point from which a run continues ----------
 
 def transposed(weights):
-    """A GPT's weights as GPT2LMHeadModel's, or back: these matrices are (in, out) there."""
+    """A GPT's weights as GPT2LMHeadModel's, whose matrices are (in, out), or back."""
     names = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
     return {name: w.T if name.endswith(names) else w for name, w in weights.items()}
 
 def to_gpt2(model):
-    """The transformers.GPT2LMHeadModel of the same weights. ValueError if it has others."""
+    """The GPT2LMHeadModel of the same weights. ValueError if it has others."""
     from transformers import GPT2LMHeadModel
     with torch.device("meta"):  # without memory
         gpt2 = GPT2LMHeadModel(model.config)
@@ -1148,7 +1142,7 @@ def to_gpt2(model):
     return gpt2
 
 def save_checkpoint(folder, model, record):
-    """Write the model and its tokenizer as transformers does, and the record of the run."""
+    """Write model and tokenizer as transformers does, and the record of the run."""
     from transformers import logging
     logging.disable_progress_bar()
     with whole_or_absent(folder) as new:
@@ -1168,11 +1162,11 @@ def sha256(path):
 GPT2_MATH = {"model_type": ["gpt2"], "activation_function": ["gelu_new", "gelu_pytorch_tanh"],
              "scale_attn_weights": [True], "scale_attn_by_inverse_layer_idx": [False],
              "add_cross_attention": [False]}
-NEEDED_MODEL = "; it must be an epoch's folder, a run's with an epoch, or a GPT-2's name on the Hub"
+NEEDED_MODEL = "; it must be an epoch's folder, a run's with an epoch, or a GPT-2's Hub id"
 
 def load_checkpoint(name, device="cpu", **changes):
-    """The GPT of a GPT-2's folder or Hub id, or of a run's best epoch, with its tokenizer, in eval
-    mode. changes: other values than in its config.json."""
+    """The GPT of a GPT-2's folder or Hub id, or of a run's best epoch, in eval mode. changes: other
+    values than in its config.json."""
     from transformers import GPT2LMHeadModel, logging
     logging.disable_progress_bar()
     logging.set_verbosity_error()
@@ -1180,15 +1174,15 @@ def load_checkpoint(name, device="cpu", **changes):
     hint = "" if Path(name, "config.json").exists() else NEEDED_MODEL
     config = load_config(name, changes, hint)
     check_sha256(Path(name))
-    options = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
+    options = dict(use_safetensors=True, dtype=torch.float32, output_loading_info=True)
     with reading(name, hint, hub_name=name):
         try:
             gpt2, report = GPT2LMHeadModel.from_pretrained(name, config=config, **options)
         except RuntimeError:
             raise ValueError("its weights are not of the sizes in its config.json") from None
 
-    strange = [*report["missing_keys"], *report["unexpected_keys"]]
-    if strange := [key for key in strange if not key.endswith("attn.masked_bias")]:
+    keys = [*report["missing_keys"], *report["unexpected_keys"]]
+    if strange := [key for key in keys if not key.endswith("attn.masked_bias")]:
         raise InputError(f"{name}: missing or unknown tensors, such as {min(strange)}")
 
     weights = transposed(gpt2.state_dict())
@@ -1208,26 +1202,22 @@ def load_config(name, changes, hint):
     from transformers import GPT2Config
     from transformers.utils.peft_utils import find_adapter_config_file
     with reading(name, hint, hub_name=name):
-        adapter = find_adapter_config_file(str(name))
-    if adapter:
-        raise InputError(f"{name}: holds an adapter, {adapter}; merge it into its model first "
-                         "(PEFT's merge_and_unload), and save that")
-    with reading(name, hint, hub_name=name):
+        if find_adapter_config_file(str(name)):
+            raise ValueError("it holds an adapter; save PEFT's merge_and_unload() of it instead")
         values = GPT2Config.get_config_dict(name)[0] | changes
-    for key in ("auto_map", "task_specific_params"):  # a stranger's code and habits
-        values.pop(key, None)
-    with reading(name):
+        for key in ("auto_map", "task_specific_params"):  # a stranger's code and habits
+            values.pop(key, None)
         config = GPT2Config(**values)
 
     for key, known in GPT2_MATH.items():
         if values.get(key, known[0]) not in known:
-            raise InputError(f"{name}: {key} is {values[key]}, and only {known[0]} is known here")
+            raise InputError(f"{name}: {key} is {values[key]}, but must be {known[0]}")
     if not 0 < config.n_layer < 1000:
         raise InputError(f"{name}: n_layer is {config.n_layer}")
     return config
 
 def check_sha256(folder):
-    """Raise InputError if the weights in a folder are not those that training.json tells of."""
+    """Raise InputError if a folder's weights are not those of its training.json."""
     training_json, weights = folder / "training.json", folder / "model.safetensors"
     if not (training_json.is_file() and weights.is_file()):  # somebody else's
         return
@@ -1236,7 +1226,7 @@ def check_sha256(folder):
         expected = json.loads(training_json.read_bytes()).get("weights_sha256")
     if expected not in (None, sha256(weights)):
         raise InputError(f"{weights} is not as it was saved: a failed copy, a pointer of Git LFS? "
-                         "If it was changed on purpose, delete weights_sha256 in training.json")
+                         "If changed on purpose, delete weights_sha256 in training.json")
 
 def save_last(step, settings, record, state, metrics):
     """Save the point from which an interrupted run continues."""
@@ -1251,7 +1241,7 @@ def save_last(step, settings, record, state, metrics):
 OVERWRITE = "; --overwrite starts over"
 
 def read_last(folder):
-    """What save_last saved there; an empty record where no run is."""
+    """What save_last saved; an empty record where no run is."""
     path = folder / "last.pt"
     if not (path.exists() or saved_epochs(folder)):
         return {"record": {}}
@@ -1260,39 +1250,37 @@ def read_last(folder):
             if damaged := archive.testzip():
                 raise ValueError(f"{damaged} is damaged")
         last = torch.load(path, map_location="cpu", weights_only=True)
-    record = last.get("record") if isinstance(last, dict) else None
-    if not isinstance(record, dict) or "must_match" not in record:
-        raise InputError(f"{path}: cannot be read: it is of another program, or version{OVERWRITE}")
-    return last
+        if "must_match" not in last["record"]:
+            raise ValueError("it is of another program, or version")
+        return last
 
 def restore(state, metrics, record):
-    """Continue from last.pt. The constants of the optimizers are those of the script."""
-    last_pt = Path(record["settings"]["checkpoints"], "last.pt")
-    last = read_last(last_pt.parent)
+    """Continue from last.pt, but for the optimizers' constants."""
+    folder = Path(record["settings"]["checkpoints"])
+    last = read_last(folder)
     say(f"continuing the interrupted run from its last save, after step {record['step']:,}")
     if last["record"]["script_sha256"] != record["script_sha256"]:
-        say("script     has changed since the last save: from here on, it trains as it is now")
+        say("script     has changed since the last save, and trains as it is now")
 
-    optimizers = [part for part in state.values() if isinstance(part, torch.optim.Optimizer)]
-    constants = [[dict(group) for group in optimizer.param_groups] for optimizer in optimizers]
+    optimizers = {name: part for name, part in state.items() if hasattr(part, "param_groups")}
+    constants = [dict(group) for group in groups_of(optimizers)]
     for name, part in state.items():
         try:
             part.load_state_dict(last[name] or part.state_dict())  # of a scaler not used it is {}
         except (KeyError, ValueError, RuntimeError) as error:  # of another model
-            raise InputError(f"{last_pt}: cannot be read: {error}{OVERWRITE}") from error
-    for optimizer, groups in zip(optimizers, constants, strict=True):
-        for group, values in zip(optimizer.param_groups, groups, strict=True):
-            group.update(values)
+            raise InputError(f"{folder}/last.pt: cannot be read: {error}{OVERWRITE}") from error
+    for group, values in zip(groups_of(optimizers), constants, strict=True):
+        group.update(values)
 
     metrics[: record["step"]] = last["metrics"]
 
 def saved_epochs(folder):
-    """The folders of the epochs in a checkpoints folder, in their order."""
+    """The folders of a run's epochs, in their order."""
     epochs = [path for path in Path(folder).glob("*") if re.fullmatch(r"epoch_\d+", path.name)]
     return sorted(epochs, key=lambda path: int(path.name[6:]))
 
 def best_epoch(folder):
-    """Of the epochs in a run's folder that of the lowest test loss; of another folder, itself."""
+    """A run's epoch of the lowest test loss; of another folder, itself."""
     def lowest(epoch):
         with reading(epoch, "; another epoch can be named instead of the run"):
             return json.loads((epoch / "training.json").read_bytes())["epochs"][-1]["test_loss"]
@@ -1302,8 +1290,8 @@ def best_epoch(folder):
 
 @contextmanager
 def whole_or_absent(path):
-    """Inside, a file or folder is written under the name that this yields. Afterwards it is on the
-    disk under the name path; where anything fails, an older one of that name stays."""
+    """Inside, a file or folder is written under the name that this yields; afterwards it is on the
+    disk as path. Where anything fails, an older one stays."""
     new = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1317,8 +1305,8 @@ def whole_or_absent(path):
         flush(path.parent)
     except BaseException as error:
         remove(new)  # which may be what filled the disk
-        # torch.save raises a RuntimeError while it handles the system's error; libraries that are
-        # written in Rust raise one with its text.
+        # torch.save raises a RuntimeError while it handles the system's error; libraries in Rust
+        # raise one with its text.
         why = error.__context__ if type(error) is RuntimeError else error
         if not isinstance(why, OSError) and "(os error" not in str(why):
             raise
@@ -1326,7 +1314,7 @@ def whole_or_absent(path):
         raise OSError(message) from error
 
 def flush(path):
-    """Wait until a file is on the disk, and a folder where the file system can do that."""
+    """Wait until a file or, where that is possible, a folder is on the disk."""
     is_folder = path.is_dir()
     with if_possible("a power cut may undo a save") if is_folder else nullcontext():
         descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
@@ -1337,7 +1325,7 @@ def flush(path):
 
 @contextmanager
 def if_possible(consequence):
-    """Around what some file systems refuse, and a run can do without: what follows is said once."""
+    """Around what a run can do without, if a file system refuses it: the consequence is said."""
     try:
         yield
     except (OSError, NotImplementedError) as error:
@@ -1350,8 +1338,7 @@ def remove(path):
 # --- Plots --------------------------------------------------------------------------------------
 
 def write_plots(folder, record, metrics):
-    """training_metrics.csv and .png: loss, accuracy and test perplexity, of a run's record and of
-    some 100 points of its metrics so far."""
+    """training_metrics.csv and .png, of a run's epochs and of some 100 points of its metrics."""
     starts = np.arange(0, len(metrics), math.ceil(record["n_steps"] / 100))
     ends, sums = np.append(starts[1:], len(metrics)), np.add.reduceat(metrics, starts)
     curve = sums[:, LOSS] / sums[:, N_TOKENS]
@@ -1360,12 +1347,12 @@ def write_plots(folder, record, metrics):
           open(path, "w", encoding="utf-8", newline="") as file):
         writer = csv.DictWriter(file, list(epochs[0]))
         writer.writeheader()
-        # Rows of points in the middle of epochs, of two columns, and then the whole ones of epochs.
+        # Rows of points inside epochs, of two columns, and then those of epochs.
         points = zip(ends.tolist(), curve.tolist(), strict=True)
         writer.writerows({"step": step, "train_loss": loss} for step, loss in points)
         writer.writerows(epochs)
 
-    os.environ.pop("MPLBACKEND", None)  # may name one that is not installed, and none is needed
+    os.environ.pop("MPLBACKEND", None)  # none is needed, and this one may be missing
     import matplotlib.style
     with matplotlib.style.context("default"):  # whatever the user's settings are
         figure = draw(record, ends, curve)
@@ -1373,7 +1360,7 @@ def write_plots(folder, record, metrics):
             figure.savefig(path, format="png", dpi=120)
 
 def draw(record, ends, curve):
-    """The figure of a run: its epochs, and the training loss of the steps before each of ends."""
+    """The figure of a run: its epochs, and the training loss before each of ends."""
     from matplotlib.figure import Figure
     from matplotlib.font_manager import findfont, get_font
     figure, epochs = Figure(figsize=(15, 4.5), layout="constrained"), record["epochs"]
@@ -1410,9 +1397,12 @@ def main(argv=None):
         with first_process_first():  # the others find what it has downloaded and tokenised
             before = {} if settings.overwrite else read_last(folder)["record"]
             refuse_another_run(before, must_match(settings), folder)
+            # A run that began with the built-in stories for want of others keeps to them.
+            had_built_in = before and before["data"]["source"] == BUILT_IN
+            data = "sample" if settings.data == "auto" and had_built_in else settings.data
             base = load_base(settings) if settings.init else None
             train_set, test_set, tokenizer, counts = prepare_data(
-                settings, data_to_use(settings, before), base and base.tokenizer)
+                settings, data, base and base.tokenizer)
             record = new_record(settings, counts, before)
             refuse_another_run(before, record["must_match"], folder)
         check_that_processes_agree([record["must_match"], record["step"]])
@@ -1420,7 +1410,7 @@ def main(argv=None):
             say(f"{folder} holds this run, and it is finished; {result(record)}")
             return
 
-        require(os.access(folder, os.W_OK), "checkpoints", folder, "cannot be written to")
+        require(os.access(folder, os.W_OK), "checkpoints", folder, "cannot be written")
         torch.manual_seed(settings.seed)
         model = base or GPT(model_config(settings, tokenizer), tokenizer)
         record["parameters"] = sum(weight.numel() for weight in model.parameters())
@@ -1433,28 +1423,23 @@ def main(argv=None):
         say(result(record))
 
 def must_match(settings):
-    """What may not change when a run is continued, but for the stories."""
+    """What may not change when a run continues, beside the data."""
     kept = {name: value for name, value in asdict(settings).items() if name not in MAY_CHANGE}
     return kept | {"accum_steps x processes": settings.accum_steps * WORLD_SIZE}
 
 def refuse_another_run(before, now, folder):
-    """May the run continue whose record is before? InputError if a value of now was another."""
+    """Raise InputError if the record before has other values than now."""
     then = before.get("must_match", now)
     differences = [f"{name} was {then.get(name)}, is {value}" for name, value in now.items()
                    if then.get(name) != value]
     if differences:
-        raise InputError(f"{folder} holds another run ({', '.join(differences)}): --overwrite "
-                         "starts over, other --checkpoints and --plots keep it")
-
-def data_to_use(settings, before):
-    """--data; but a run that began with the built-in stories for want of others keeps to them."""
-    had_built_in = before and before["data"]["source"] == BUILT_IN
-    return "sample" if settings.data == "auto" and had_built_in else settings.data
+        raise InputError(f"{folder} holds another run ({', '.join(differences)}){OVERWRITE}, other "
+                         "--checkpoints and --plots keep it")
 
 def load_base(settings):
     """The model of --init, all of whose weights will be trained."""
     name, epochs = best_epoch(settings.init), saved_epochs(Path(settings.checkpoints).resolve())
-    rule = "would be overwritten there; take other --checkpoints and --plots"
+    rule = "would be overwritten; take other --checkpoints and --plots"
     require(Path(name).resolve() not in epochs, "init", settings.init, rule)
     say(f"init       {name}")
     model = load_checkpoint(name, **dropout_rates(settings))
@@ -1467,7 +1452,7 @@ def load_base(settings):
 def model_config(settings, tokenizer):
     from transformers import GPT2Config
     names = ("n_positions", "n_embd", "n_layer", "n_head", "n_inner")
-    return GPT2Config(  # n_ctx is an older name, which llama.cpp's converter asks for
+    return GPT2Config(  # n_ctx is for llama.cpp's converter
         **{name: getattr(settings, name) for name in names}, n_ctx=settings.n_positions,
         **dropout_rates(settings), **end_tokens(tokenizer), vocab_size=vocab_size_of(tokenizer),
         tie_word_embeddings=False)
@@ -1479,7 +1464,7 @@ def dropout_rates(settings):
     return dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), settings.dropout)
 
 def new_record(settings, counts, before):
-    """What training.json holds; of a continued run with the step and the epochs that it has."""
+    """What training.json holds; of a run that continues, with its step and epochs."""
     stories_per_step = settings.batch_size * settings.accum_steps * WORLD_SIZE
     steps_per_epoch = math.ceil(counts["train_stories"] / stories_per_step)
     of_data = {"number of stories": counts["stories"],
@@ -1503,7 +1488,7 @@ def new_record(settings, counts, before):
     }
 
 def clear_folders(settings, record):
-    """With --overwrite, remove the run that is there. Warn if plots of another run are replaced."""
+    """With --overwrite, remove the run that is there. Warn if it replaces another's plots."""
     plots, is_new = Path(settings.plots), not record["step"]
     if is_new and not saved_epochs(settings.checkpoints) and any(plots.glob("training_metrics.*")):
         say(f"warning    replaces the plots of another run in {plots}; other --plots keep them")
@@ -1522,7 +1507,7 @@ def result(record):
 # --- Small print: command line, errors, signals, lock, devices, processes, network ---------------
 
 def parse(flags_class, description, argv=None):
-    """Read the command line into a dataclass of flags; a tuple is a flag that can be repeated."""
+    """The command line as a dataclass of flags; a tuple is a flag that can be repeated."""
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS, description=description, argument_default=argparse.SUPPRESS,
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
@@ -1539,24 +1524,24 @@ def parse(flags_class, description, argv=None):
             require(name not in given, name, given.get(name), rule)
     return flags_class(**given)
 
-NO_MEMORY = "MemoryError|out of memory|allocate memory|enough memory|bad_alloc"  # on a CPU in a RuntimeError
+NO_MEMORY = "MemoryError|out of memory|allocate memory|enough memory|bad_alloc"  # RuntimeErrors
 
 @contextmanager
 def reading(what, hint="", hub_name=None):
-    """Around a library's call that reads something of the user's: what is wrong with it is told in
-    one line, from what to hint. hub_name: a path or, where there is none, a name on the Hub. Never
-    around our own code, whose mistakes are to show where they are."""
+    """Around a library's call that reads something of the user's: an error becomes one line, from
+    what to hint. hub_name: a path, or else a name on the Hub. Not around our own code, whose
+    mistakes are to show where they are."""
     is_here = not hub_name or Path(hub_name).exists()
     is_offline = not is_here and not hub_answers()
     try:
         yield
-    except Exception as error:  # each kind of broken file raises another; the message names it
+    except Exception as error:  # each kind of broken file raises another
         if re.search(NO_MEMORY, repr(error)):
             raise
         cause = error.__cause__ or error
         if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             raise OSError(f"{what}: {cause}") from error
-        why = f"something is missing: {cause}" if isinstance(cause, KeyError) else str(cause)
+        why = f"no {cause} in it" if isinstance(cause, KeyError) else str(cause)
         why = why.partition(". ")[0]  # torch continues with bad advice
         problem = "cannot be read:" if is_here else "no such file or folder; on the Hub:"
         if hub_name and Path(hub_name).is_dir():  # which may hide a name on the Hub
@@ -1566,27 +1551,26 @@ def reading(what, hint="", hub_name=None):
         raise InputError(f"{what}: {problem} {why}{hint}") from error
 
 def hub_answers():
-    """Whether the Hugging Face Hub can be reached, found out within 10 s. If not, its libraries are
-    told to look into their caches alone, instead of trying again for minutes."""
+    """Whether the Hub can be reached, within 10 s. If not, its libraries are told to use their
+    caches alone, instead of trying again for minutes."""
     from huggingface_hub import constants, get_session
-    try:  # in a thread, as the look-up of a host's name has no time limit of its own
+    try:  # in a thread, as the look-up of a host has no time limit
         ThreadPool(1).apply_async(get_session().head, [constants.ENDPOINT], {"timeout": 8}).get(10)
-    except Exception:  # of its HTTP library, which has been another one before: there is no answer
+    except Exception:  # of its HTTP library, which changes
         constants.HF_HUB_OFFLINE = True
     return not constants.HF_HUB_OFFLINE
 
 def say(text):
-    """Print, from process 0 alone, above a progress bar if there is one."""
+    """Print, from process 0 alone, above a progress bar."""
     if RANK == 0:
         tqdm.write(text)
-        sys.stdout.flush()
 
 @cache
 def say_once(text):
     say(text)
 
 class Output:
-    """A stream that goes on where the terminal has gone, or a log's disk is full, as a run does."""
+    """A stream that takes text even where the terminal has gone, or a log's disk is full."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -1595,24 +1579,20 @@ class Output:
         return getattr(self.stream, name)
 
     def write(self, text):
-        self.unless_it_fails(self.stream.write, text)
-
-    def flush(self):
-        self.unless_it_fails(self.stream.flush)
-
-    @staticmethod
-    def unless_it_fails(action, *arguments):
         try:
-            action(*arguments)
+            self.stream.write(text)
+            self.stream.flush()
         except OSError as error:
             if error.errno == errno.EPIPE:  # of a reader, such as head, that wants no more
                 raise
 
-FEWER_TOKENS = ("halve --batch-size and double --accum-steps (a run that is there is then another "
-                "one: --overwrite)")
+    def flush(self):
+        pass
+
+FEWER_TOKENS = "halve --batch-size and double --accum-steps (it is another run then: --overwrite)"
 
 def run(main, after_interrupt="", after_no_memory=FEWER_TOKENS):
-    """Call main(). What a user can mend is shown as one line; other errors show a traceback."""
+    """Call main(). A user's mistake is shown as one line; other errors show a traceback."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         stream = getattr(sys, name) or open(os.devnull, mode)  # closed, or none, as in a service
         if hasattr(stream, "reconfigure"):  # not a notebook's
@@ -1620,14 +1600,13 @@ def run(main, after_interrupt="", after_no_memory=FEWER_TOKENS):
         setattr(sys, name, stream if mode == "r" else Output(stream))
     try:
         if sys.flags.optimize > 1:
-            raise InputError("transformers needs the docstrings that python -OO takes away; use -O")
-        # With torchrun's SIGTERM, which ends the others when one has failed, there is no message.
+            raise InputError("transformers needs docstrings: python -O, not -OO")
+        # torchrun's SIGTERM, which ends the others when one has failed, needs no message.
         with on_signals(interrupt) if WORLD_SIZE == 1 else nullcontext():
             main()
         if dist.is_initialized():
-            # All wait: one that ended now would end process 0, which may still be saving.
-            any_process(False)
-            os._exit(0)  # a thread of gloo that is late aborts a Python that ends as usual
+            any_process(False)  # all wait for process 0, which may still be saving
+            os._exit(0)  # a late thread of gloo would abort a usual end
         return
     except BrokenPipeError:  # the reader of the output, such as head, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -1650,8 +1629,8 @@ def interrupt(number):
 
 @contextmanager
 def on_signals(handle):
-    """Inside, Ctrl-C, SIGTERM and SIGHUP call handle with their number, unless they are ignored, as
-    under nohup. A second one ends the process."""
+    """Inside, Ctrl-C, SIGTERM and SIGHUP call handle, unless ignored, as under nohup. A second one
+    ends the process."""
     def handler(number, _frame):
         signal.signal(number, signal.SIG_DFL)
         handle(number)  # may raise
@@ -1662,16 +1641,16 @@ def on_signals(handle):
 
     numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
     heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
-    handlers = [signal.signal(number, handler) for number in heard]
+    earlier = {number: signal.signal(number, handler) for number in heard}
     try:
         yield
     finally:
-        for number, earlier in zip(heard, handlers, strict=True):
-            signal.signal(number, earlier)
+        for number in heard:
+            signal.signal(number, earlier[number])
 
 @contextmanager
 def locked(folder):
-    """Keep other runs out of a folder. The system ends the lock with its process."""
+    """Keep other runs out of a folder. The lock ends with its process."""
     from filelock import FileLock, Timeout
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder.resolve() / ".lock", blocking=False, is_singleton=True)
@@ -1680,8 +1659,8 @@ def locked(folder):
             if RANK == 0:
                 lock.acquire()
         except Timeout:
-            way_out = "give this one other --checkpoints and --plots"
-            raise InputError(f"{folder}: another run is writing there; {way_out}") from None
+            rule = "another run is writing there; take other --checkpoints and --plots"
+            raise InputError(f"{folder}: {rule}") from None
     try:
         yield
     finally:
@@ -1689,13 +1668,13 @@ def locked(folder):
 
 def pick_device(device, precision):
     """(device, precision) for auto: cuda, mps or cpu; bf16 where the hardware multiplies it fast,
-    fp16 on a GPU without it, else fp32. Of several GPUs each process of torchrun takes its own."""
+    fp16 on a GPU without it, else fp32. Each process takes a GPU of its own."""
     n_gpus, n_processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     mps = torch.backends.mps.is_available() and n_processes == 1
     there = {"cuda": n_gpus >= n_processes, "mps": mps, "cpu": True}
     if device == "auto":
         device = "cuda" if n_gpus else "mps" if mps else "cpu"
-    rule = f"not for {n_processes} processes here, where PyTorch finds {n_gpus} GPUs; use cpu"
+    rule = f"not for {n_processes} processes, as PyTorch finds {n_gpus} GPUs; use cpu"
     require(there[device], "device", device, rule)
     require(precision != "fp16" or device == "cuda", "precision", precision, f"not on {device}")
 
@@ -1708,7 +1687,7 @@ def pick_device(device, precision):
     return device, best if precision == "auto" else precision
 
 def start_processes(device):
-    """Let the processes of torchrun, if there are some, exchange tensors."""
+    """Let the processes of torchrun exchange tensors."""
     if WORLD_SIZE > 1:
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         try:
@@ -1718,21 +1697,19 @@ def start_processes(device):
 
 @contextmanager
 def first_process_first():
-    """Process 0 runs the block, and then the others do, unless it has failed."""
-    if RANK > 0:
-        if any_process(False) == [True]:
-            sys.exit(1)  # process 0 says why
-        yield
-        return
+    """Process 0 runs the block, then the others, unless it has failed."""
+    if RANK > 0 and any_process(False) == [True]:
+        sys.exit(1)  # process 0 says why
     has_failed = True
     try:
         yield
         has_failed = False
     finally:
-        any_process(has_failed)
+        if RANK == 0:
+            any_process(has_failed)
 
 def all_reduce_sum(tensor):
-    """The sum of a tensor over all processes, in its place."""
+    """Sum a tensor over all processes, in its place."""
     if WORLD_SIZE > 1:
         dist.all_reduce(tensor)
     return tensor
@@ -1742,15 +1719,15 @@ def any_process(*conditions):
     return [n > 0 for n in all_reduce_sum(torch.tensor(conditions, dtype=torch.int)).tolist()]
 
 def check_that_processes_agree(prepared):
-    """Raise InputError unless all processes have prepared the same."""
+    """Raise InputError if processes have prepared different things."""
     found = [prepared] * WORLD_SIZE
     if WORLD_SIZE > 1:
         dist.all_gather_object(found, prepared)
     if any(other != prepared for other in found):
-        raise InputError("the processes have found different stories: they need the same folders")
+        raise InputError("the processes have found different stories: share the folders")
 
 def own_share(batches):
-    """The batches of this process. Each process has as many: some get an empty one at the end."""
+    """The batches of this process. All have as many: some get an empty one at the end."""
     n_missing = -len(batches) % WORLD_SIZE
     return (batches + [batches[0][:0]] * n_missing)[RANK::WORLD_SIZE]
 
