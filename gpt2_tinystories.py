@@ -36,6 +36,7 @@ from datetime import timedelta
 from functools import cache
 from glob import glob
 from hashlib import blake2b, file_digest
+from importlib.util import find_spec
 from itertools import count, islice
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -191,10 +192,9 @@ def default_stories(cache_dir):
 
 def built_in_stories():
     from datasets import Dataset
-    here = Path(__file__).parent
-    is_there = (here / "sample_stories.py").exists()
+    sys.path.append(str(Path(__file__).parent))  # missing under PYTHONSAFEPATH
+    is_there = find_spec("sample_stories")
     require(is_there, "data", "sample", "sample_stories.py is not beside the script")
-    sys.path.append(str(here))  # missing under PYTHONSAFEPATH
     from sample_stories import sample_stories
     return Dataset.from_dict({"text": list(sample_stories(N_BUILT_IN))})
 
