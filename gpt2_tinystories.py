@@ -179,7 +179,7 @@ def load_stories(data, cache_dir):
 def default_stories(cache_dir):
     """./tinystories_local, downloaded if need be; else "sample"."""
     if RANK == 0 and not LOCAL_STORIES.exists():
-        say(f"stories    looking for {HUB_STORIES} on the Hub (1 GB, kept here)")
+        say(f"stories    looking for {HUB_STORIES} on the Hugging Face Hub (1 GB, kept here)")
         try:
             stories, _ = load_stories(HUB_STORIES, cache_dir)
         except InputError as error:
@@ -433,7 +433,7 @@ def vocab_size_of(tokenizer):
     return max(tokenizer.get_vocab().values()) + 1  # there may be holes
 
 def encode(tokenizer, texts, add_special_tokens=False):
-    """Token ids of texts. A written <|endoftext|> is plain characters."""
+    """Token ids of texts. A written <|endoftext|> is plain characters, not the end of a story."""
     options = {"add_special_tokens": add_special_tokens, "split_special_tokens": True}
     return tokenizer(texts, verbose=False, **options)["input_ids"]
 
@@ -462,7 +462,7 @@ def encode_stories(stories, tokenizer, n_positions, path):
     return Tokens(ids, lengths, int(np.sum(table.column("is_cut"))))
 
 def prepare_data(settings, data, tokenizer=None):
-    """(train_set, test_set, tokenizer, counts): the Tokens of stories."""
+    """(train_set, test_set, tokenizer, counts): the Tokens of the stories that data names."""
     cache_dir, n_positions = Path(settings.checkpoints, "data"), settings.n_positions
     stories, source = load_stories(data, cache_dir)
     train_stories, test_stories, counts = split_stories(stories, settings)
@@ -512,8 +512,8 @@ def step_batches(lengths, settings, steps_per_epoch, first_step=0):
         steps_done = 0
 
 def pad_batch(stories):
-    """(input_ids, targets), both (B, T): the ids, and the same moved by one, with IGNORE for
-    padding."""
+    """(input_ids, targets), both (B, T): the ids, and the same moved by one. The target of padding
+    is IGNORE; the <|endoftext|> that ends a story is a real one."""
     stories = [torch.from_numpy(story.values.to_numpy().astype(np.int64)) for story in stories]
     stories = stories or [torch.full((2,), IGNORE)]  # none: one token of padding
     ids = nn.utils.rnn.pad_sequence(stories, batch_first=True, padding_value=IGNORE)
@@ -569,8 +569,8 @@ class Block(nn.Module):
         return x + self.drop(self.mlp(self.ln_2(x)))
 
 class GPT(nn.Module):
-    """GPT-2, of a transformers.GPT2Config. A new one has sinusoids as positions, which are not
-    trained. tokenizer: for generate_text."""
+    """GPT-2. A new one has sinusoids as positions, which are not trained. config: a
+    transformers.GPT2Config, which says whether the head is tied; tokenizer: for generate_text."""
 
     def __init__(self, config, tokenizer=None):
         super().__init__()
@@ -589,7 +589,7 @@ class GPT(nn.Module):
         self.init_weights(config.initializer_range)
 
     def init_weights(self, std):
-        """Biases 0, matrices N(0, std^2), c_proj, whose results add up, smaller."""
+        """Biases are 0, matrices N(0, std^2), and c_proj, whose results add up, smaller."""
         n_added = 2 * self.config.n_layer
         for name, weight in self.named_parameters():
             if name.endswith("bias"):
@@ -601,10 +601,10 @@ class GPT(nn.Module):
         self.transformer.wpe.weight = nn.Parameter(position, requires_grad=False)
 
     def forward(self, input_ids, targets=None, cache=None, last_only=False):
-        """Logits (B, T, V) for the token after each of input_ids (B, T), or after the last only.
-        Given targets (B, T): their cross-entropy in nats and the number of correct guesses, both
-        summed over the real tokens. A cache, at first an empty_cache, then takes one token a call.
-        """
+        """Logits (B, T, V) for the token after each of input_ids (B, T), T at most n_positions; or
+        (B, 1, V), after the last one. Given targets (B, T): their cross-entropy in nats and the
+        number of correct guesses, both summed over the real tokens. With a cache, at first an
+        empty_cache, each further call takes one more token."""
         n_cached = 0 if cache is None else cache[0]["k"].size(2)
         if n_cached and input_ids.size(1) > 1:
             raise ValueError("a cache with tokens takes one more at a time")
@@ -631,8 +631,8 @@ class GPT(nn.Module):
         return [{"k": empty, "v": empty} for _ in self.transformer.h]
 
     def clip_gradients(self, max_norm):
-        """Scale all gradients down to at most this norm; returns theirs. (The folded vocabulary,
-        below, has its own way for this and the next.)"""
+        """Scale all gradients down to this norm, if theirs is larger; returns theirs. (This and the
+        next are methods because the folded vocabulary, below, has its own.)"""
         return nn.utils.clip_grad_norm_(self.parameters(), max_norm)
 
     def gpt2_state_dict(self):
@@ -651,7 +651,7 @@ def sinusoid(n_positions, n_embd):
 
 @contextmanager
 def evaluation_mode(model):
-    """No dropout inside; afterwards as before."""
+    """No dropout inside; afterwards the mode that was there before."""
     was_training = model.training
     try:
         yield model.eval()
@@ -674,9 +674,10 @@ class Sampling(Flags):
 def generate_text(model, prompt, max_length=50, method="greedy", *, num_samples=1, seed=42,
                   streamer=None, **sampling):
     """The prompt and at most max_length new tokens, up to <|endoftext|>: a str; of several samples
-    or a list of prompts, the list of all texts. sampling: the other fields of Sampling. Sample i of
-    a prompt is drawn with seed + i. streamer: a TextStreamer, gets each token at once. When the
-    context is full, its older half is dropped."""
+    or a list of prompts, the list of all texts. InputError if a prompt is empty or too long.
+    sampling: the other fields of Sampling. Sample i of a prompt is drawn with seed + i, alone or
+    among others. streamer, a TextStreamer, gets each token at once. When the context is full, its
+    older half is dropped."""
     sampling = Sampling(method=method, **sampling)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     require(prompts, "prompt", prompts, "must be at least one text")
@@ -738,7 +739,7 @@ def uniform_numbers(num_samples, n, seed):
 
 def next_ids(logits, ids, sampling, uniform=None):
     """The ids (B, 1) after ids (B, T), from logits (B, V) and, to sample, uniform numbers (B, 1).
-    The penalty is that of Keskar et al., "CTRL", 2019."""
+    The penalty is that of Keskar et al., "CTRL: A Conditional Transformer Language Model", 4.1."""
     if sampling.repetition_penalty != 1:
         penalty, seen = sampling.repetition_penalty, logits.gather(1, ids)
         seen = torch.where(seen < 0, seen * penalty, seen / penalty)
@@ -801,14 +802,14 @@ def groups_of(optimizers):
     return [group for optimizer in optimizers.values() for group in optimizer.param_groups]
 
 def schedule(step, n_steps, warmup_steps):
-    """The share of the peak rate: linear warm-up, then linear decay to 0."""
+    """The share of the peak rate at step `step`, from 0: linear warm-up, then linear decay to 0."""
     warmup = min(warmup_steps, n_steps // 10)
     return min((step + 1) / (warmup + 1), (n_steps - step) / (n_steps - warmup))
 
 class Muon(torch.optim.Optimizer):
     """Momentum made orthogonal, so that a matrix learns as fast in all directions (Jordan et al.,
-    "Muon", 2024). A group is of matrices of one shape (M, N). torch.optim.Muon computes in bf16
-    alone, which is slow on many CPUs."""
+    "Muon: An optimizer for hidden layers in neural networks", 2024). torch.optim.Muon computes in
+    bf16 alone, which is very slow on many CPUs. Each group is of matrices of one shape (M, N)."""
 
     def __init__(self, groups, dtype):
         super().__init__(groups, {})
@@ -850,8 +851,8 @@ def orthogonalize(x, dtype):
 
 # --- Training -----------------------------------------------------------------------------------
 
-# The columns of metrics, which has a row for each optimizer step: sums over its tokens, the norm of
-# its gradient, its seconds.
+# The columns of metrics, which has a row for each optimizer step: sums over its tokens, in all
+# processes; the norm of its gradient; its seconds.
 COLUMNS = range(5)
 LOSS, N_CORRECT, N_TOKENS, NORM, SECONDS = COLUMNS
 
@@ -972,8 +973,8 @@ def check_finite(metrics, record):
         if RANK:
             sys.exit(2)  # process 0 says the same
         saved = f"last.pt is good, of step {record['step']}" if record["step"] else "none was saved"
-        raise InputError(f"step {int(bad[0]) + 1}: the loss or its gradient is not finite; "
-                         f"{saved}. Take --precision fp32, or --overwrite and smaller rates")
+        raise InputError(f"step {int(bad[0]) + 1}: the loss or its gradient is not finite; {saved}"
+                         ". Continue with --precision fp32, or --overwrite with smaller rates")
 
 def show_step(bar, step, metrics):
     """Move the bar, and every ten steps show their mean loss and their speed."""
@@ -1047,10 +1048,11 @@ def progress_bar(record):
 class FoldedGPT(GPT):
     """A GPT that keeps one row of embedding and head for all n tokens that no story has.
 
-    Such a token is never an input or a target: its row of wte gets no gradient, and that of its row
-    of lm_head depends on this row alone, so rows that are equal at first stay equal, if whatever
-    updates them treats all alike. One row can stand for n: tokens of one logit z add n exp(z) =
-    exp(z + log n) to the softmax's denominator, and its gradient is the sum of their n equal ones.
+    Such a token is never an input and never a target: its row of wte gets no gradient, and that of
+    its row of lm_head depends on this row alone, so rows that are equal at first stay equal. One
+    row can stand for all n: n tokens of one logit z add n exp(z) = exp(z + log n) to the softmax's
+    denominator, and the gradient of the row is the sum of their n equal ones. This needs a rule:
+    whatever updates wte and lm_head treats all rows alike.
 
     has_own_row: a mask (V,) of the tokens that do not share, on the CPU like the model, whose
     layers this takes over. R rows are left."""
@@ -1524,7 +1526,7 @@ def parse(flags_class, description, argv=None):
             require(name not in given, name, given.get(name), rule)
     return flags_class(**given)
 
-NO_MEMORY = "MemoryError|out of memory|allocate memory|enough memory|bad_alloc"  # RuntimeErrors
+NO_MEMORY = "MemoryError|out of memory|(allocate|enough) memory|bad_alloc"  # also RuntimeErrors
 
 @contextmanager
 def reading(what, hint="", hub_name=None):
