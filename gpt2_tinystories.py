@@ -404,21 +404,24 @@ def check_tokenizer(tokenizer, texts, what, cache_dir):
     vocabularies, are only said."""
     from transformers import AutoTokenizer
 
-    def letters_and_n_words(text):
-        text = normalize("NFC", text).casefold()
-        return "".join(text.split()), len(re.findall(r"\w+", text))
+    def part_after(n_letters, text):
+        places = [i for i, letter in enumerate(text) if not letter.isspace()]
+        place = (places[n_letters:] or [len(text)])[0]
+        return repr(text[max(0, place - 20) : place + 20])
 
     found, changes = encode(tokenizer, texts), []
     for text, ids in zip(texts, found, strict=True):
-        text, back = text.strip(), tokenizer.decode(ids).strip()
-        n_same = len(os.path.commonprefix([text, back]))
-        part = slice(max(0, n_same - 20), n_same + 20)
-        change = f"{text[part]!r} comes back as {back[part]!r}"
-        (letters, n_words), (same, n_back) = map(letters_and_n_words, (text, back))
-        if letters != same or n_back < n_words:
-            raise InputError(f"{what}: it loses text: {change}; bpe:4096 keeps all")
-        if back != text:
-            changes.append(change)
+        pair = [normalize("NFC", text.strip()) for text in (text, tokenizer.decode(ids))]
+        if pair[0] == pair[1]:
+            continue
+        letters = ["".join(text.casefold().split()) for text in pair]
+        n_words = [len(re.findall(r"\w+", text)) for text in pair]
+        is_lost = letters[0] != letters[1] or n_words[0] > n_words[1]
+        same = os.path.commonprefix(letters if letters[0] != letters[1] else pair)
+        n_same = len("".join(same.split()))
+        changes.append(" comes back as ".join(part_after(n_same, text) for text in pair))
+        if is_lost:
+            raise InputError(f"{what}: it loses text: {changes[-1]}; bpe:4096 keeps all")
     if changes:
         say(f"warning    {what}: the stories are changed: {changes[0]}")
 

@@ -178,11 +178,20 @@ def test_the_tokenizer_of_init_is_looked_at_too(stories_here, refused):
     assert "--init checkpoints/epoch_1: it loses text" in refused(project.main, arguments)
 
 
-def test_other_bytes_of_the_same_letters_are_no_loss(stories_here, capsys):
+def test_other_bytes_of_the_same_letters_are_no_change(stories_here, capsys):
     byte_level("t", normalizer=normalizers.NFC())
     Path("s.txt").write_text(END.join([unicodedata.normalize("NFD", "Zoé met a dog."), *TEXTS]), encoding="utf-8")
     train("t")
-    assert "the stories are changed: 'Zoe\u0301 met" in capsys.readouterr().out
+    assert "are changed" not in capsys.readouterr().out
+
+
+def test_where_spaces_are_added_too_the_letters_that_are_lost_are_shown(stories_here, refused):
+    metaspace("t", "PreTrainedTokenizerFast", decoder=None, pre_tokenizer=pre_tokenizers.Whitespace())
+    text = "Once upon a time there was a dog, and his name was Zoé. He ran home, and all was well."
+    Path("s.txt").write_text(END.join([text, *TEXTS]), encoding="utf-8")
+    line = refused(project.main, [*SHORT.split(), "--tokenizer", "t"])
+    before, after = line.split(": it loses text: ")[1].split(" comes back as ")
+    assert "was Zoé. He" in before and "was <unk> o <unk>" in after and len(before) < 50
 
 
 def test_a_length_that_a_tokenizer_remembers_cuts_no_story(stories_here):
