@@ -146,8 +146,8 @@ MAY_CHANGE = {"data", "tokenizer", "accum_steps", "save_every", "device", "preci
 
 # --- Data: stories, tokenizer, token ids, batches of similar length -----------------------------
 
-NEEDED = ("; it must be a save_to_disk folder, a .txt or .jsonl file in UTF-8, .parquet files or a "
-          "Hub id, with strings in a column `text`")
+NEEDED = ("; it must be a save_to_disk folder, a .txt, .jsonl or .parquet file, a folder of these "
+          "two, or a Hub id, in UTF-8, with strings in a column `text`")
 SPLIT = re.compile("(?<![a-z])(train|test|valid|val|dev|eval)(?:ing|idation|uation)?(?![a-z])")
 
 def load_stories(data, cache_dir):
@@ -243,15 +243,17 @@ def train_files(folder, data):
     rule = f"no stories of a split `train` in its files ({', '.join(there[:5])}){NEEDED}"
     require(chosen, "data", data, rule)
 
-    # The names of one set's files differ, and in numbers alone.
+    # The names of one set's files differ, and in numbers alone, but for those of versions.
     names = [Path(name).name for name in chosen]
-    sets = {re.sub(r"[\W\d_]+", " ", name) for name in names if SPLIT.search(name.lower())}
+    sets = {re.sub(r"(?<!v)[\W\d_]+", " ", name) for name in names if SPLIT.search(name.lower())}
     is_one = len(sets) < 2 and len(set(names)) == len(names)
     rule = f"holds several sets of stories, name one: {', '.join(chosen[:5])}"
     require(is_one, "data", data, rule)
+    others = [name for name in there if name not in chosen] or ["none"]
+    say(f"files      {len(chosen)}: {', '.join(chosen[:5])}; not read: {', '.join(others[:5])}")
     n_parts = max(map(int, re.findall(r"-of-(\d+)", " ".join(names))), default=0)
     if n_parts > len(names):
-        say(f"warning    {data} holds {len(names)} of {n_parts} parts: {', '.join(names[:5])}")
+        say(f"warning    of {n_parts} parts, {data} holds {len(names)}")
     return [folder / name for name in chosen]
 
 def read_files(paths):
@@ -382,8 +384,8 @@ def load_tokenizer(name, stories=None, what="--tokenizer"):
         raise InputError(f"{what} {name}: its files, such as tokenizer.json, are missing or not "
                          f"usable ({len(tokenizer)} tokens): copy them")
     if tokenizer.eos_token_id is None:
-        raise InputError(f"{what} {name}: it has no token for the end of a text, an eos_token in "
-                         "tokenizer_config.json")
+        raise InputError(f"{what} {name}: it has no token for the end of a text; name one as "
+                         "eos_token in its tokenizer_config.json")
 
     # Classes such as GPT2Tokenizer lose parts of some files, and some tokenizers add <s> or </s>.
     texts = some_texts(stories) if stories else ["Once upon a time,\n\n Zoé didn't  know it!"]
@@ -1038,7 +1040,7 @@ def say_what_is_trained(record, device, precision):
         "{source} (--fraction {fraction}); dropped {empty:,} empty ones and {duplicates:,} "
         "duplicates\ntokens     {train_tokens:,} to train; {stories_cut:,} stories were cut "
         "(--n-positions {n_positions})".format(**(record["settings"] | record["data"])))
-    say(f"model      {record['parameters'] / 1e6:.1f} M parameters, on {WORLD_SIZE} x {device} in "
+    say(f"model      {record['parameters'] / 1e6:.3g} M parameters, on {WORLD_SIZE} x {device} in "
         f"{precision}; {record['n_steps']:,} steps")
 
 def progress_bar(record):
@@ -1371,7 +1373,7 @@ def draw(record, ends, curve):
     figure, epochs = Figure(figsize=(15, 4.5), layout="constrained"), record["epochs"]
     letters = get_font(findfont("DejaVu Sans")).get_charmap()
     is_drawable = all(ord(letter) in letters for letter in record["data"]["source"])
-    title = "{0:.1f} M parameters, {train_stories:,} training stories"
+    title = "{0:.3g} M parameters, {train_stories:,} training stories"
     title += " from {source:.80}" if is_drawable else ""
     title = title.format(record["parameters"] / 1e6, **record["data"])
     figure.suptitle(title, parse_math=False)
@@ -1657,7 +1659,10 @@ def on_signals(handle):
 def locked(folder):
     """Keep other runs out of a folder. The lock ends with its process."""
     from filelock import FileLock, Timeout
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--checkpoints or --plots: {error}") from error
     lock = FileLock(folder.resolve() / ".lock", blocking=False, is_singleton=True)
     with if_possible(f"a second run in {folder} would not be noticed"):
         try:

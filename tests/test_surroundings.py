@@ -123,6 +123,14 @@ def test_an_empty_name_is_refused(flag, value, workspace, refused):
     assert not list(workspace.iterdir())
 
 
+@pytest.mark.parametrize("flag", ["checkpoints", "plots"])
+@pytest.mark.parametrize("path", ["taken", "taken/below"])
+def test_a_file_in_the_place_of_a_folder_is_one_line(flag, path, workspace, refused):
+    Path("taken").write_text("")
+    line = refused(project.main, f"--data sample --{flag} {path}")
+    assert "--checkpoints or --plots: " in line and "taken" in line
+
+
 @pytest.mark.parametrize("flag", ["epochs", "batch-size", "n-positions", "n-embd", "n-layer"])
 @pytest.mark.parametrize("value", [10**9, 10**20])
 def test_a_number_that_no_machine_has_room_for_is_refused(flag, value, workspace, refused):

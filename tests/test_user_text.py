@@ -267,7 +267,10 @@ def test_the_files_of_the_split_train_are_read(layout, workspace, capsys):
     for path in others:
         write(path, wrong(path))
     assert texts_of("d") == [text for i in range(len(files)) for text in TEXTS[i::4]]
-    assert "warning" not in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"files      {len(files)}: {files[0][2:]}" in shown and "warning" not in shown
+    for path in others:
+        assert (path[2:] in shown.partition("not read: ")[2]) == ("/." not in path)
 
 
 @pytest.mark.parametrize(
@@ -275,6 +278,7 @@ def test_the_files_of_the_split_train_are_read(layout, workspace, capsys):
     [
         (["d/wikitext-2/train-0.parquet", "d/wikitext-103/train-0.parquet"], "wikitext-103/train-0.parquet"),
         (["d/en/train/0.jsonl", "d/de/train/0.jsonl", "d/en/test/0.jsonl"], "de/train/0.jsonl"),
+        (["d/train-v1.parquet", "d/train-v2.parquet"], "train-v2.parquet"),
         (["d/train_sft-0.parquet", "d/train_gen-0.parquet"], "train_gen-0.parquet"),
         (["d/V2-GPT4-train.jsonl", "d/stories-train.jsonl"], "V2-GPT4-train.jsonl"),
         (["d/train.jsonl", "d/train.parquet"], "train.parquet"),
@@ -303,7 +307,9 @@ def test_a_part_that_is_missing_is_said(workspace, capsys):
     for number in (0, 2):
         write(f"d/train-0000{number}-of-00003.jsonl", TEXTS)
     texts_of("d")
-    assert "d holds 2 of 3 parts: train-00000-of-00003.jsonl, train-00002-of-00003" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "files      2: train-00000-of-00003.jsonl, train-00002-of-00003.jsonl; not read: none" in shown
+    assert "of 3 parts, d holds 2" in shown
 
 
 def test_the_configurations_that_a_readme_names(workspace):
