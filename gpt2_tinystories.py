@@ -33,7 +33,7 @@ from collections import Counter, OrderedDict, namedtuple
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
-from functools import cache
+from functools import lru_cache
 from glob import glob
 from hashlib import blake2b, file_digest
 from importlib.util import find_spec
@@ -59,8 +59,8 @@ BUILT_IN, N_BUILT_IN = "built-in stories", 12_000
 END_OF_STORY = "<|endoftext|>"
 IGNORE = -100  # the target of padding
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE") or 1)  # processes
-RANK = int(os.environ.get("RANK", 0)) if WORLD_SIZE > 1 else 0  # process 0 prints and writes
+WORLD_SIZE = max(1, int(os.environ.get("WORLD_SIZE") or 1))  # processes
+RANK = int(os.environ.get("RANK") or 0) if WORLD_SIZE > 1 else 0  # process 0 prints and writes
 
 # --- Settings: a field is a flag, a line of --help, an entry in training.json -------------------
 
@@ -148,7 +148,8 @@ MAY_CHANGE = {"data", "tokenizer", "accum_steps", "save_every", "device", "preci
 
 NEEDED = ("; it must be a save_to_disk folder, a .txt, .jsonl or .parquet file, a folder of these "
           "two, or a Hub id, in UTF-8, with strings in a column `text`")
-SPLIT = re.compile("(?<![a-z])(train|test|valid|val|dev|eval)(?:ing|idation|uation)?(?![a-z])")
+SPLIT = re.compile(
+    "(?<![a-z])(train|test|valid|val|dev|eval)(?:ing|idation|uation|set|s)?(?![a-z])")
 
 def load_stories(data, cache_dir):
     """The stories of --data, a datasets.Dataset of a column `text`, and their source's name."""
@@ -218,7 +219,7 @@ def has_configurations(folder):
     """Whether a README.md says, as on the Hub, which files belong together."""
     from huggingface_hub import metadata_load
     readme = folder / "README.md"
-    with reading(readme):
+    with reading(readme, "; mend it, or take it away"):
         return readme.is_file() and "configs" in (metadata_load(readme) or {})
 
 def stories_in_files(path, data, cache_dir):
@@ -233,7 +234,7 @@ def train_files(folder, data):
     too, hidden ones not. (datasets would mix several sets, and enter no linked folders.)"""
     from datasets.data_files import FILES_TO_IGNORE
     there = sorted(glob("**/*", root_dir=folder, recursive=True))
-    there = [name for name in there if (folder / name).is_file()]
+    there = [name for name in there if not (folder / name).is_dir()]
     found = [name for name in there if name.lower().endswith((".parquet", ".jsonl"))]
     found = found or [name for name in there if name.lower().endswith(".json")
                       and Path(name).name not in FILES_TO_IGNORE]
@@ -243,15 +244,17 @@ def train_files(folder, data):
     rule = f"no stories of a split `train` in its files ({', '.join(there[:5])}){NEEDED}"
     require(chosen, "data", data, rule)
 
-    # The names of one set's files differ, and in numbers alone, but for those of versions.
+    # Parts of one split, such as train-0-of-2-1f00a2, differ in numbers, and no two have one name.
+    number = re.compile(r"-\d+-of-\d+(-[0-9a-f]+)?|(?<!v)[\W\d_]+")
     names = [Path(name).name for name in chosen]
-    sets = {re.sub(r"(?<!v)[\W\d_]+", " ", name) for name in names if SPLIT.search(name.lower())}
+    sets = {number.sub(" ", name) for name in names if SPLIT.search(name.lower())}
     is_one = len(sets) < 2 and len(set(names)) == len(names)
     rule = f"holds several sets of stories, name one: {', '.join(chosen[:5])}"
     require(is_one, "data", data, rule)
     others = [name for name in there if name not in chosen] or ["none"]
     say(f"files      {len(chosen)}: {', '.join(chosen[:5])}; not read: {', '.join(others[:5])}")
-    n_parts = max(map(int, re.findall(r"-of-(\d+)", " ".join(names))), default=0)
+    numbers_of_parts = re.findall(r"-of-(\d+)", " ".join(names))
+    n_parts = max(map(int, numbers_of_parts), default=0)
     if n_parts > len(names):
         say(f"warning    of {n_parts} parts, {data} holds {len(names)}")
     return [folder / name for name in chosen]
@@ -343,7 +346,8 @@ def split_stories(stories, settings):
         raise InputError(f"--data {settings.data}: cannot be read: {error}") from error
 
     _, firsts = np.unique(hashes, return_index=True)  # the first story of each text
-    kept = rng.permutation(np.sort(firsts[hashes[firsts] != 0]))  # without the empty ones
+    kept = np.sort(firsts[hashes[firsts] != 0])  # without the empty ones
+    kept = rng.permutation(kept)
     n_test = max(1, round(settings.test_fraction * len(kept)))
     rule = (f"{len(stories)} stories, of which --fraction {settings.fraction} leaves {len(kept)}: "
             f"too few (a .txt needs {END_OF_STORY} between)")
@@ -365,7 +369,7 @@ def load_tokenizer(name, stories=None, what="--tokenizer"):
     from tokenizers.processors import TemplateProcessing
     from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
     if name.startswith("bpe:"):
-        size = int(name[4:]) if name[4:].isdecimal() else 0
+        size = int(name[4:]) if re.fullmatch("[0-9]{1,7}", name[4:]) else 0
         rule = "needs a size above 256, at most 1,000,000"
         require(256 < size <= 1_000_000, "tokenizer", name, rule)
         # Of 10,000 characters at most: a very long word takes quadratic time.
@@ -387,9 +391,15 @@ def load_tokenizer(name, stories=None, what="--tokenizer"):
         raise InputError(f"{what} {name}: it has no token for the end of a text; name one as "
                          "eos_token in its tokenizer_config.json")
 
-    # Classes such as GPT2Tokenizer lose parts of some files, and some tokenizers add <s> or </s>.
-    texts = some_texts(stories) if stories else ["Once upon a time,\n\n Zoé didn't  know it!"]
-    if encode(tokenizer, texts, add_special_tokens=True) != encode(own, texts):
+    # Classes such as GPT2Tokenizer have parts of their own in the place of the file's, and some
+    # tokenizers add <s> or </s>: then the file's is taken, with a template that adds nothing.
+    def parts_of(tokenizer):
+        parts = tokenizer.backend_tokenizer
+        return repr((parts.normalizer, parts.pre_tokenizer, parts.decoder))
+
+    text = "Once upon a time,\n\n Zoé didn't  know 1999!"
+    adds_tokens = encode(tokenizer, text, add_special_tokens=True) != encode(tokenizer, text)
+    if adds_tokens or parts_of(tokenizer) != parts_of(own):
         special = own.special_tokens_map | {"eos_token": tokenizer.eos_token}
         own.backend_tokenizer.post_processor = TemplateProcessing("$A", "$A $B", [])
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=own.backend_tokenizer, **special)
@@ -400,19 +410,16 @@ def some_texts(stories):
     some = stories.select(range(0, len(stories), math.ceil(len(stories) / 100)))
     return [clean(text)[:10_000] for text in some["text"]]
 
-def check_tokenizer(tokenizer, texts, what, cache_dir):
-    """Raise InputError unless texts come back from a tokenizer as they were, and the saved one,
-    called plainly, gives the same ids. Lower case and added white space, usual in small
-    vocabularies, are only said."""
-    from transformers import AutoTokenizer
-
+def check_tokenizer(tokenizer, texts, what):
+    """Raise InputError unless texts come back from a tokenizer as they were. Other case, and other
+    white space that keeps the words apart, are usual in small vocabularies, and only said."""
     def part_after(n_letters, text):
         places = [i for i, letter in enumerate(text) if not letter.isspace()]
         place = (places[n_letters:] or [len(text)])[0]
         return repr(text[max(0, place - 20) : place + 20])
 
-    found, changes = encode(tokenizer, texts), []
-    for text, ids in zip(texts, found, strict=True):
+    changes = []
+    for text, ids in zip(texts, encode(tokenizer, texts), strict=True):
         pair = [normalize("NFC", text.strip()) for text in (text, tokenizer.decode(ids))]
         if pair[0] == pair[1]:
             continue
@@ -427,11 +434,14 @@ def check_tokenizer(tokenizer, texts, what, cache_dir):
     if changes:
         say(f"warning    {what}: the stories are changed: {changes[0]}")
 
+def check_saved_tokenizer(tokenizer, texts, what, cache_dir):
+    """Raise InputError unless a tokenizer, saved and called plainly, gives the same ids."""
+    from transformers import AutoTokenizer
     with whole_or_absent(cache_dir / "tokenizer") as folder:
         tokenizer.save_pretrained(folder)
         with reading(what):
             saved = AutoTokenizer.from_pretrained(folder)
-    if encode(saved, texts, add_special_tokens=True) != found:
+    if encode(saved, texts, add_special_tokens=True) != encode(tokenizer, texts):
         raise InputError(f"{what}: once saved, transformers reads it as another one")
 
 def vocab_size_of(tokenizer):
@@ -467,7 +477,8 @@ def encode_stories(stories, tokenizer, n_positions, path):
     return Tokens(ids, lengths, int(np.sum(table.column("is_cut"))))
 
 def prepare_data(settings, data, tokenizer=None):
-    """(train_set, test_set, tokenizer, counts): the Tokens of the stories that data names."""
+    """(train_set, test_set, tokenizer, counts): the Tokens of the stories that data names, by the
+    tokenizer of --tokenizer or a given one, and the record's figures of them."""
     cache_dir, n_positions = Path(settings.checkpoints, "data"), settings.n_positions
     stories, source = load_stories(data, cache_dir)
     train_stories, test_stories, counts = split_stories(stories, settings)
@@ -480,10 +491,11 @@ def prepare_data(settings, data, tokenizer=None):
     text = f"{tokenizer.eos_token_id} {tokenizer.backend_tokenizer.to_str()}"
     counts |= {"source": source, "tokenizer": digest(text.encode())}
     key = f"{counts['fingerprint']}-{counts['tokenizer']}-{n_positions}.arrow"
+    what = f"--init {settings.init}" if settings.init else f"--tokenizer {settings.tokenizer}"
+    texts = [settings.prompt, *some_texts(train_stories)]
+    check_tokenizer(tokenizer, texts, what)
     if RANK == 0 and not (cache_dir / f"test-{key}").exists():
-        what = f"--init {settings.init}" if settings.init else f"--tokenizer {settings.tokenizer}"
-        texts = [settings.prompt, *some_texts(train_stories)]
-        check_tokenizer(tokenizer, texts, what, cache_dir)
+        check_saved_tokenizer(tokenizer, texts, what, cache_dir)
     train_set = encode_stories(train_stories, tokenizer, n_positions, cache_dir / f"train-{key}")
     test_set = encode_stories(test_stories, tokenizer, n_positions, cache_dir / f"test-{key}")
     n_train, n_test = len(train_set.lengths), len(test_set.lengths)
@@ -496,8 +508,8 @@ def prepare_data(settings, data, tokenizer=None):
     return train_set, test_set, tokenizer, counts
 
 def epoch_batches(lengths, batch_size, seed, epoch):
-    """The batches of an epoch, arrays of story numbers. Stories of similar length come together, so
-    that little is padding."""
+    """The batches of an epoch, arrays of story numbers: a pure function of its arguments. Stories
+    of similar length come together, so that little is padding."""
     rng = np.random.default_rng((seed, epoch))
     order = rng.permutation(len(lengths))
     batches = []
@@ -863,7 +875,7 @@ LOSS, N_CORRECT, N_TOKENS, NORM, SECONDS = COLUMNS
 
 def train(model, train_set, test_set, settings, record, precision):
     """Train to the last step, from last.pt if the record is of a run that continues. record: what
-    training.json is to hold."""
+    training.json is to hold, with the epochs that are done."""
     device, n_steps = model.device, record["n_steps"]
     autocast = torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
@@ -1257,19 +1269,21 @@ def read_last(folder):
             if damaged := archive.testzip():
                 raise ValueError(f"{damaged} is damaged")
         last = torch.load(path, map_location="cpu", weights_only=True)
-        if "must_match" not in last["record"]:
-            raise ValueError("it is of another program, or version")
-        return last
+    record = last.get("record") if isinstance(last, dict) else None
+    if not isinstance(record, dict) or "must_match" not in record:
+        raise InputError(f"{path}: cannot be read: it is of another program, or version{OVERWRITE}")
+    return last
 
 def restore(state, metrics, record):
-    """Continue from last.pt, but for the optimizers' constants."""
+    """Continue from last.pt. The constants of the optimizers are those of the script."""
     folder = Path(record["settings"]["checkpoints"])
     last = read_last(folder)
     say(f"continuing the interrupted run from its last save, after step {record['step']:,}")
     if last["record"]["script_sha256"] != record["script_sha256"]:
         say("script     has changed since the last save, and trains as it is now")
 
-    optimizers = {name: part for name, part in state.items() if hasattr(part, "param_groups")}
+    optimizers = {name: part for name, part in state.items()
+                  if isinstance(part, torch.optim.Optimizer)}
     constants = [dict(group) for group in groups_of(optimizers)]
     for name, part in state.items():
         try:
@@ -1430,7 +1444,7 @@ def main(argv=None):
         say(result(record))
 
 def must_match(settings):
-    """What may not change when a run continues, beside the data."""
+    """What may not change when a run continues, but for the stories."""
     kept = {name: value for name, value in asdict(settings).items() if name not in MAY_CHANGE}
     return kept | {"accum_steps x processes": settings.accum_steps * WORLD_SIZE}
 
@@ -1572,7 +1586,7 @@ def say(text):
     if RANK == 0:
         tqdm.write(text)
 
-@cache
+@lru_cache
 def say_once(text):
     say(text)
 
@@ -1594,7 +1608,7 @@ class Output:
                 raise
 
     def flush(self):
-        pass
+        pass  # it is done
 
 FEWER_TOKENS = "halve --batch-size and double --accum-steps (it is another run then: --overwrite)"
 
@@ -1691,7 +1705,7 @@ def pick_device(device, precision):
     has = torch.cpu.get_capabilities() if device == "cpu" else {}
     best = "bf16" if has.get("avx512_bf16") or has.get("amx_bf16") else "fp32"
     if device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK") or 0))
         torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")  # or TF32
         best = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return device, best if precision == "auto" else precision

@@ -129,6 +129,15 @@ def test_a_folder_that_nothing_can_be_written_to_is_refused_before_the_first_ste
         train("", SHORT)
 
 
+def test_a_folder_that_cannot_be_written_any_more_is_refused_before_the_first_step(stories_here, monkeypatch):
+    train("", SHORT)
+    Path("checkpoints/epoch_1/sample.txt").unlink()  # there are tokens already
+    monkeypatch.setattr(project, "train", lambda *_: pytest.fail("trained for nothing"))
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(project.InputError, match="checkpoints: cannot be written"):
+        train("", SHORT)
+
+
 # --- What is drawn does not depend on names and settings
 
 

@@ -98,8 +98,9 @@ def test_a_python_without_docstrings_is_one_line(stories_here):
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "-OO" in done.stderr
 
 
-def test_empty_variables_of_processes_are_none(monkeypatch):
-    variables = {"WORLD_SIZE": "", "RANK": "3", "PYTHONPATH": str(ROOT)}
+@pytest.mark.parametrize("variables", [{"WORLD_SIZE": "", "RANK": "3"}, {"WORLD_SIZE": "0", "RANK": ""}])
+def test_empty_variables_of_processes_are_none(variables, monkeypatch):
+    variables = variables | {"PYTHONPATH": str(ROOT)}
     code = "import gpt2_tinystories as project; print(project.WORLD_SIZE, project.RANK)"
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | variables, capture_output=True, text=True)
     assert done.stdout == "1 0\n", done.stderr

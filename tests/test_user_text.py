@@ -14,7 +14,7 @@ import tokenizers
 import torch
 from conftest import SIZES, read_run
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import gpt2_generate
 import gpt2_tinystories as project
@@ -167,7 +167,38 @@ def test_a_tokenizer_that_loses_text_is_refused_with_the_first_difference(kind, 
 
 def test_a_prompt_is_looked_at_too(stories_here, refused):
     byte_level("t", alphabet=[])
-    assert "'A ∑'" in refused(project.main, [*SHORT.split(), "--tokenizer", "t", "--prompt", "A ∑"])
+    other = [*SHORT.split(), "--tokenizer", "t", "--prompt", "A ∑"]
+    assert "'A ∑'" in refused(project.main, other)
+    train("t")
+    assert "'A ∑'" in refused(project.main, [*other, "--overwrite"])  # although there are tokens
+
+
+@pytest.mark.parametrize("with_stories", [True, False])
+def test_a_part_of_a_tokenizer_that_no_story_needs_is_kept_too(with_stories, workspace):
+    digits = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    own = byte_level("t", "GPT2TokenizerFast", pre_tokenizer=pre_tokenizers.Sequence(digits))
+    content = json.loads(Path("t/tokenizer.json").read_text())
+    content["model"]["vocab"]["42"] = 400
+    content["model"]["merges"].append(["4", "2"])
+    Path("t/tokenizer.json").write_text(json.dumps(content))
+    stories = datasets.Dataset.from_dict({"text": ["A cat."]}) if with_stories else None
+    tokenizer = project.load_tokenizer("t", stories)
+    text = "Tom is 42."
+    assert project.encode(tokenizer, text) == own.encode(text, add_special_tokens=False).ids
+    assert 400 not in project.encode(tokenizer, text)
+
+
+def test_a_saved_tokenizer_that_is_another_one_is_refused(stories_here, monkeypatch, refused):
+    save = PreTrainedTokenizerFast.save_pretrained
+
+    def spoilt(tokenizer, folder, **options):
+        save(tokenizer, folder, **options)
+        path = Path(folder, "tokenizer.json")
+        path.write_text(path.read_text().replace('"normalizer": null', '"normalizer": {"type": "Lowercase"}'))
+
+    byte_level("t")
+    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", spoilt)
+    assert "once saved" in refused(project.main, [*SHORT.split(), "--tokenizer", "t"])
 
 
 def test_the_tokenizer_of_init_is_looked_at_too(stories_here, refused):
@@ -213,7 +244,7 @@ def test_a_tokenizer_without_an_end_says_what_to_do(stories_here, refused):
     assert "no token for the end of a text" in line and "eos_token" in line and "missing" not in line
 
 
-@pytest.mark.parametrize("size", ["99999999999999999999", "1000001", "256", "", "x", "-3", "1e3"])
+@pytest.mark.parametrize("size", ["99999999999999999999", "9" * 5000, "1000001", "256", "", "x", "-3", "1e3"])
 def test_a_size_of_no_vocabulary_is_refused(size, stories_here, refused):
     assert "above 256" in refused(project.main, [*SHORT.split(), "--tokenizer", f"bpe:{size}"])
 
@@ -246,6 +277,11 @@ def wrong(name):
 
 LAYOUTS = {  # files, in the order of their stories, and others, which do not count
     "shards": (["d/data/train-0-of-2.parquet", "d/data/train-1-of-2.parquet"], ["d/data/test-0-of-1.parquet"]),
+    "shards with checksums": (
+        ["d/data/train-0000-of-0002-2d5a1467fff1081b.parquet", "d/data/train-0001-of-0002-d243063613e5a057.parquet"],
+        ["d/data/validation-00000-of-00001-869c898b519ad725.parquet"],
+    ),
+    "sets": (["d/trainset.jsonl"], ["d/testset.jsonl", "d/tests/a.jsonl"]),
     "files in folders of splits": (["d/train/0.parquet", "d/train/1.parquet"], ["d/dev/0.parquet", "d/test/0.parquet"]),
     "a test file among the training files": (["d/training_set/train-0.jsonl"], ["d/training_set/test-0.jsonl"]),
     "hidden": (["d/a.parquet"], ["d/.cache/a.parquet", "d/._b.parquet", "d/s/.ipynb_checkpoints/b.parquet"]),
@@ -301,6 +337,13 @@ def test_linked_folders_and_files_count(workspace):
     assert texts_of("d") == TEXTS[0::3] + TEXTS[1::3] + TEXTS[2::3]
     os.symlink("d", "all")
     assert texts_of("all") == texts_of("d")
+
+
+def test_a_link_to_nothing_is_named(workspace):
+    write("d/train-0.jsonl", TEXTS)
+    os.symlink("gone", "d/train-1.jsonl")
+    with pytest.raises((project.InputError, OSError), match="train-1.jsonl"):
+        texts_of("d")
 
 
 def test_a_part_that_is_missing_is_said(workspace, capsys):
