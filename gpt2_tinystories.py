@@ -251,7 +251,7 @@ def train_files(folder, data):
     is_one = len(sets) < 2 and len(set(names)) == len(names)
     rule = f"holds several sets of stories, name one: {', '.join(chosen[:5])}"
     require(is_one, "data", data, rule)
-    others = [name for name in there if name not in chosen] or ["none"]
+    others = sorted(set(there) - set(chosen)) or ["none"]
     say(f"files      {len(chosen)}: {', '.join(chosen[:5])}; not read: {', '.join(others[:5])}")
     numbers_of_parts = re.findall(r"-of-(\d+)", " ".join(names))
     n_parts = max(map(int, numbers_of_parts), default=0)
