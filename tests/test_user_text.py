@@ -188,6 +188,19 @@ def test_a_part_of_a_tokenizer_that_no_story_needs_is_kept_too(with_stories, wor
     assert 400 not in project.encode(tokenizer, text)
 
 
+def test_special_tokens_in_the_stories_are_said_to_be_plain_text(stories_here, capsys):
+    byte_level("t")
+    train("t")
+    assert "special tokens" not in capsys.readouterr().out
+    Path("s.txt").write_text(END.join(f"<s> {text}" for text in TEXTS), encoding="utf-8")
+    train("t", "--overwrite")
+    assert "its special tokens are in the stories, where they are plain text" in capsys.readouterr().out
+    model, _ = read_run(epoch=1)
+    ids = project.encode(model.tokenizer, "<s> A cat.")
+    assert model.tokenizer.convert_tokens_to_ids("<s>") not in ids
+    assert model.tokenizer.decode(ids) == "<s> A cat."
+
+
 def test_a_saved_tokenizer_that_is_another_one_is_refused(stories_here, monkeypatch, refused):
     save = PreTrainedTokenizerFast.save_pretrained
 
