@@ -381,7 +381,7 @@ def load_tokenizer(name, stories=None, what="--tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(name)
         try:
             own = PreTrainedTokenizerFast.from_pretrained(name)  # tokenizer.json as it is
-        except ValueError:  # its files have an older format
+        except (ValueError, OSError):  # its files have an older format
             own = tokenizer
     # Where files are missing, transformers may return an empty one.
     if len(tokenizer) <= 1 or not tokenizer.is_fast:
@@ -1353,7 +1353,8 @@ def if_possible(consequence):
     try:
         yield
     except (OSError, NotImplementedError) as error:
-        say_once(f"warning    {consequence}: {error}")
+        why = getattr(error, "strerror", "") or error  # without a path, to be said once
+        say_once(f"warning    {consequence}: {why}")
 
 def remove(path):
     shutil.rmtree(path, ignore_errors=True)  # which is for folders

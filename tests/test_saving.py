@@ -76,7 +76,29 @@ def test_whatever_fails_beside_the_model_costs_no_model(what, stories_here, monk
     assert Path("checkpoints/epoch_1/sample.txt").read_text().startswith("Once upon a time")
     shown = capsys.readouterr().out
     assert shown.count("warning    ") == n_folders, shown
-    assert str(rest[0]) in shown or repr(rest[0]) in shown
+    assert (getattr(rest[0], "strerror", None) or repr(rest[0])) in shown
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EACCES])
+def test_what_a_file_system_refuses_each_time_is_said_once(number, stories_here, monkeypatch, capsys):
+    chmod, open_file = os.chmod, os.open
+
+    def no_chmod(path, *_, **__):
+        raise OSError(number, os.strerror(number), str(path))
+
+    def no_folders(path, *arguments, **options):  # as on Windows
+        if os.path.isdir(path):
+            raise OSError(number, os.strerror(number), str(path))
+        return open_file(path, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "chmod", no_chmod)
+        patch.setattr(os, "open", no_folders)
+        train("", SHORT.replace("--epochs 1", "--epochs 2").replace("--max-steps 2", ""))
+    assert os.chmod is chmod
+    read_run(epoch=2)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert len(said) == len(set(said)) == 2, said
 
 
 @pytest.mark.parametrize(
