@@ -1294,7 +1294,7 @@ def restore(state, metrics, record):
         except (KeyError, ValueError, RuntimeError) as error:  # of another model
             raise InputError(f"{folder}/last.pt: cannot be read: {error}{OVERWRITE}") from error
     for group, values in zip(groups_of(optimizers), constants, strict=True):
-        group.update(values)
+        group.update(values, lr=group["lr"])
 
     metrics[: record["step"]] = last["metrics"]
 

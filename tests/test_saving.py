@@ -8,6 +8,7 @@ from pathlib import Path
 
 import matplotlib
 import pytest
+import torch
 from conftest import SIZES, draw, read_run, same_runs, train
 from matplotlib.figure import Figure
 
@@ -133,12 +134,19 @@ def test_what_ends_a_run_after_the_model_is_saved_leaves_the_rest_to_the_next(
         assert Path(part).read_text() == (straight / part).read_text()
 
 
+def saved_rates():
+    last = torch.load("checkpoints/last.pt", weights_only=True)
+    return [group["lr"] for name in ("adamw", "muon") for group in last[name]["param_groups"]]
+
+
 def test_a_finished_run_whose_last_sample_is_missing_makes_it_again(stories_here, capsys):
     train("", SHORT)
     sample = Path("checkpoints/epoch_1/sample.txt")
     text = sample.read_text()
+    rates = saved_rates()
     sample.unlink()
     train("", SHORT)
+    assert saved_rates() == rates
     assert sample.read_text() == text and "epoch 1/1" in capsys.readouterr().out
     train("", SHORT)
     assert "it is finished" in capsys.readouterr().out
