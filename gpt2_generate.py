@@ -19,6 +19,7 @@ from typing import Literal
 sys.path.append(str(Path(__file__).parent))  # missing under PYTHONSAFEPATH
 from gpt2_tinystories import (
     FROM_1,
+    SEED,
     InputError,
     Sampling,
     best_epoch,
@@ -49,8 +50,8 @@ class Settings(Sampling):
     prompt: tuple = flag(TEXTS, r"beginning of a story; can be repeated; \n: new line; --prompt=-x")
     max_length: int = flag(200, "most new tokens of a story", *FROM_1)
     num_samples: int = flag(1, "for sample: stories for each prompt", *FROM_1)
-    seed: int = flag(42, "for sample: seed of the first story, the next one has the next seed",
-                     lambda x: 0 <= x < 2**32, "0 to 2**32 - 1")
+    seed: int = flag(
+        42, "for sample: seed of the first story, the next one has the next seed", *SEED)
     batch: bool = flag(False, "write all samples of a prompt at once and show them then: faster")
     device: Literal["auto", "cuda", "cpu", "mps"] = flag("auto", "where to compute")
     interactive: bool = flag(False, "ask for prompts until an empty line")

@@ -425,11 +425,11 @@ def check_tokenizer(tokenizer, texts, what):
             continue
         letters = ["".join(text.casefold().split()) for text in pair]
         n_words = [len(re.findall(r"\w+", text)) for text in pair]
-        is_lost = letters[0] != letters[1] or n_words[0] > n_words[1]
-        same = os.path.commonprefix(letters if letters[0] != letters[1] else pair)
+        are_other_letters = letters[0] != letters[1]
+        same = os.path.commonprefix(letters if are_other_letters else pair)
         n_same = len("".join(same.split()))
         changes.append(" comes back as ".join(part_after(n_same, text) for text in pair))
-        if is_lost:
+        if are_other_letters or n_words[0] > n_words[1]:
             raise InputError(f"{what}: it loses text: {changes[-1]}; bpe:4096 keeps all")
     if changes:
         say(f"warning    {what}: the stories are changed: {changes[0]}")
