@@ -58,6 +58,7 @@ LOCAL_STORIES = Path("tinystories_local")
 BUILT_IN, N_BUILT_IN = "built-in stories", 12_000
 END_OF_STORY = "<|endoftext|>"
 IGNORE = -100  # the target of padding
+PIECE = 2**23  # numbers of a piece of logits
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WORLD_SIZE = max(1, int(os.environ.get("WORLD_SIZE") or 1))  # processes
 RANK = int(os.environ.get("RANK") or 0) if WORLD_SIZE > 1 else 0  # process 0 prints and writes
@@ -364,19 +365,28 @@ def split_stories(stories, settings):
 def digest(content):
     return blake2b(content, digest_size=8).hexdigest()
 
-def load_tokenizer(name, stories=None, what="--tokenizer"):
-    """A tokenizer, by Hub id or folder; bpe:SIZE trains one like GPT-2's."""
-    from tokenizers.processors import TemplateProcessing
-    from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
-    if name.startswith("bpe:"):
-        size = int(name[4:]) if re.fullmatch("[0-9]{1,7}", name[4:]) else 0
-        rule = "needs a size above 256, at most 1,000,000"
-        require(256 < size <= 1_000_000, "tokenizer", name, rule)
-        # Of 10,000 characters at most: a very long word takes quadratic time.
-        texts = ([clean(text)[:10_000] for text in rows["text"]] for rows in stories.iter(100))
-        return GPT2Tokenizer().train_new_from_iterator(texts, size, show_progress=False)
+def trained_tokenizer(name, stories, path):
+    """The folder, path and size, of a tokenizer with a name such as bpe:4096, trained once."""
+    size = int(name[4:]) if re.fullmatch("[0-9]{1,7}", name[4:]) else 0
+    rule = "needs a size above 256, at most 1,000,000"
+    require(256 < size <= 1_000_000, "tokenizer", name, rule)
+    trained = Path(f"{path}-{size}")
+    if not trained.exists():
+        with whole_or_absent(trained) as folder:
+            train_tokenizer(stories, size).save_pretrained(folder)
+    return str(trained)
 
-    hint = "; bpe:4096 needs no network" if stories else ""
+def train_tokenizer(stories, size):
+    """A tokenizer like GPT-2's."""
+    from transformers import GPT2Tokenizer
+    # Of 10,000 characters at most: a very long word takes quadratic time.
+    texts = ([clean(text)[:10_000] for text in rows["text"]] for rows in stories.iter(100))
+    return GPT2Tokenizer().train_new_from_iterator(texts, size, show_progress=False)
+
+def load_tokenizer(name, what="--tokenizer", hint=""):
+    """A tokenizer, by Hub id or folder."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
     with reading(f"{what} {name}", hint, hub_name=name):
         tokenizer = AutoTokenizer.from_pretrained(name)
         try:
@@ -489,7 +499,10 @@ def prepare_data(settings, data, tokenizer=None):
         name = settings.tokenizer
         if name == "auto":
             name = "bpe:4096" if source == BUILT_IN else "gpt2"
-        tokenizer = load_tokenizer(name, train_stories)
+        if name.startswith("bpe:"):
+            path = cache_dir / f"bpe-{counts['fingerprint']}"
+            name = trained_tokenizer(name, train_stories, path)
+        tokenizer = load_tokenizer(name, hint="; bpe:4096 needs no network")
 
     text = f"{tokenizer.eos_token_id} {tokenizer.backend_tokenizer.to_str()}"
     counts |= {"source": source, "tokenizer": digest(text.encode())}
@@ -537,14 +550,15 @@ def pad_batch(stories):
     stories = [torch.from_numpy(story.values.to_numpy().astype(np.int64)) for story in stories]
     stories = stories or [torch.full((2,), IGNORE)]  # none: one token of padding
     ids = nn.utils.rnn.pad_sequence(stories, batch_first=True, padding_value=IGNORE)
-    return ids[:, :-1].clamp(min=0), ids[:, 1:]
+    return ids[:, :-1].clamp(min=0), ids[:, 1:].contiguous()  # a GPU waits for copies with gaps
 
 def make_loader(ids, batches):
     """A loader of (input_ids, targets) for batches of story numbers."""
     return torch.utils.data.DataLoader(ids, batch_sampler=batches, collate_fn=pad_batch)
 
 def to_device(batch, device):
-    """A batch on a device; a GPU fetches it while the CPU continues."""
+    """A batch on a device. CUDA fetches it from pinned memory while the CPU continues, which other
+    memory is not safe for: it may have been released by then."""
     if device.type == "cuda":
         return [tensor.pin_memory().to(device, non_blocking=True) for tensor in batch]
     return [tensor.to(device) for tensor in batch]
@@ -635,14 +649,29 @@ class GPT(nn.Module):
             x = block(x, None if cache is None else cache[i])
         if last_only:
             x = x[:, -1:]
-        logits = self.lm_head(self.transformer.ln_f(x))  # (B, T, V)
+        x = self.transformer.ln_f(x)
         if targets is None:
-            return logits
+            return self.lm_head(x)
 
-        loss = F.cross_entropy(
-            logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+        x, targets = x.flatten(0, 1), targets.flatten()
+        n = self.positions_of_a_piece(x)
+        pieces = zip(x.split(n), targets.split(n), strict=True)
+        sums = [self.loss(self.lm_head(x), targets) for x, targets in pieces]
+        losses, n_correct = zip(*sums, strict=True)
+        return sum(losses), sum(n_correct)
+
+    def loss(self, logits, targets):
+        """The summed cross-entropy, and the number of correct guesses, of logits (N, V)."""
+        loss = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
         n_correct = (logits.argmax(-1) == targets).sum()
         return loss, n_correct
+
+    def positions_of_a_piece(self, x):
+        """Of how many positions logits are made at once. A CPU's memory allocator gives blocks
+        above 32 MB back to the system at once, and gets new ones page by page."""
+        if x.device.type != "cpu" or torch.compiler.is_compiling():
+            return len(x)
+        return max(1, PIECE // self.lm_head.weight.size(0))
 
     def empty_cache(self, batch_size):
         """A cache for forward: each layer's keys and values (B, H, 0, D) of no tokens."""
@@ -890,7 +919,7 @@ def train(model, train_set, test_set, settings, record, precision):
 
     test_batches = epoch_batches(test_set.lengths, settings.batch_size, settings.seed, 0)
     test_loader = make_loader(test_set.ids, own_share(test_batches))
-    learner = make_learner(model, next(iter(test_loader)), settings, autocast, scaler)
+    learner = make_learner(model, train_set, settings, autocast, scaler)
     clear_folders(settings, record)
     batches_of_steps = step_batches(
         train_set.lengths, settings, record["steps_per_epoch"], record["step"])
@@ -943,7 +972,7 @@ def backward(learner, batches, n_tokens, autocast, scaler):
     sums = 0
     for i, batch in enumerate(batches, 1):
         input_ids, targets = to_device(batch, learner.device)
-        is_early = isinstance(learner, DistributedDataParallel) and i < len(batches)
+        is_early = WORLD_SIZE > 1 and i < len(batches)
         with learner.no_sync() if is_early else nullcontext():  # exchanged with the last batch
             with autocast:
                 loss, n_correct = learner(input_ids, targets)
@@ -967,20 +996,40 @@ def update(model, optimizers, grad_clip, scaler):
 
     return torch.zeros_like(norm) if is_skipped and scaler.get_scale() >= 1 else norm
 
-def make_learner(model, batch, settings, autocast, scaler):
-    """The model, compiled if that works on a batch, and joined with those of other processes."""
+def make_learner(model, train_set, settings, autocast, scaler):
+    """The model, joined with those of other processes and, if that works, compiled. It is tried on
+    the longest stories: memory that is too small for them shows before the first step."""
     learner = model.train()
-    if settings.compile == "on" or (settings.compile == "auto" and model.device.type == "cuda"):
-        try:
-            learner = torch.compile(model, dynamic=True)
-            backward(learner, [batch], 1, autocast, scaler)
-        except RuntimeError as error:  # a mistake in the model comes again without the compiler
-            say(f"compile    off: {type(error).__name__}: {' '.join(str(error).split()):.80}")
-            learner = model
-        model.zero_grad()
     if WORLD_SIZE > 1:
-        learner = DistributedDataParallel(learner, gradient_as_bucket_view=True)
+        learner = DistributedDataParallel(model, gradient_as_bucket_view=True)
         learner.broadcast_buffers = False  # they never change; PyTorch warns of it as an argument
+    longest = np.argsort(train_set.lengths)[-settings.batch_size :]
+    batches = make_loader(train_set.ids, [longest])
+
+    def try_out(learner):
+        with learner.no_sync() if WORLD_SIZE > 1 else nullcontext():
+            backward(learner, batches, 1, autocast, scaler)
+        model.zero_grad()
+
+    problem = ""
+    if settings.compile == "on" or (settings.compile == "auto" and model.device.type == "cuda"):
+        say("compile    the model, which may take a minute or two")
+        began = time.monotonic()
+        torch.compiler.set_stance("default")
+        compiled = torch.compile(learner, dynamic=True)
+        try:
+            try_out(compiled)
+        except RuntimeError as error:
+            problem = f"{type(error).__name__}: {error}"
+        else:
+            say(f"compile    took {time.monotonic() - began:.0f} s")
+            torch.compiler.set_stance("eager_on_recompile")  # as for an epoch's smaller last batch
+            return compiled
+
+    try_out(learner)  # shows a mistake or a lack of memory, whatever the compiler makes of them
+    require(not problem or settings.compile == "auto", "compile", "on", f"PyTorch fails: {problem}")
+    if problem:
+        say(f"compile    off: {problem}")
     return learner
 
 def end_of_epoch(record):
@@ -1097,18 +1146,18 @@ class FoldedGPT(GPT):
         self.register_buffer("log_n", log_n, persistent=False)  # (R,), of a row's tokens
 
     def forward(self, input_ids, targets=None, **options):
-        logits = super().forward(self.token_to_row[input_ids], **options)  # (B, T, R)
-        if targets is None:
-            return logits[..., self.token_to_row]  # (B, T, V)
+        result = super().forward(self.token_to_row[input_ids], targets, **options)
+        return result if targets is not None else result[..., self.token_to_row]  # (B, T, V)
 
+    def loss(self, logits, targets):  # (N, R), (N,)
         is_real = targets != IGNORE
         target = self.token_to_row[targets * is_real]
         log_n = self.log_n[target]
+        logits = logits.to(self.log_n.dtype)  # not bf16, of which CPUs are slow to find the largest
         # A guess that is the shared row, log n > 0, is one of many tokens, and never correct.
         n_correct = ((logits.argmax(-1) == target) & is_real & (log_n == 0)).sum()
-        # Each of n tokens has an n-th of their row's probability.
-        logits = (logits + self.log_n).flatten(0, 1)
-        loss = F.cross_entropy(logits, target.flatten(), reduction="none").view_as(target) + log_n
+        logits += self.log_n  # each of n tokens has an n-th of their row's probability
+        loss = F.cross_entropy(logits, target, reduction="none") + log_n
         return (loss * is_real).sum(), n_correct
 
     def clip_gradients(self, max_norm):
@@ -1259,6 +1308,7 @@ def save_last(step, settings, record, state, metrics):
         last_pt = Path(settings.checkpoints, "last.pt")
         with whole_or_absent(last_pt) as path, open(path, "wb") as file:
             torch.save(last, file)
+    any_process(False)  # all wait for process 0: the end of one may end the others
 
 OVERWRITE = "; --overwrite starts over"
 
@@ -1524,10 +1574,13 @@ def clear_folders(settings, record):
 def result(record):
     """What to say at the end of a run."""
     final = record["epochs"][-1]["test_perplexity"]
+    is_for_want = record["settings"]["data"] == "auto" and record["data"]["source"] == BUILT_IN
+    which = "of the BUILT-IN STORIES, for want of others; " if is_for_want else ""
     best = min(record["epochs"], key=lambda epoch: epoch["test_loss"])
-    return ("test perplexity {0:.2f}, lowest in epoch {epoch}, {test_perplexity:.2f}; see {plots}\n"
+    return ("test perplexity {0:.2f}, lowest in epoch {epoch}, {test_perplexity:.2f}; {1}"
+            "see {plots}\n"
             "next: python gpt2_generate.py --model {checkpoints}/epoch_{epoch}"
-            .format(final, **best, **record["settings"]))
+            .format(final, which, **best, **record["settings"]))
 
 # --- Small print: command line, errors, signals, lock, devices, processes, network ---------------
 
@@ -1655,14 +1708,20 @@ def interrupt(number):
 @contextmanager
 def on_signals(handle):
     """Inside, Ctrl-C, SIGTERM and SIGHUP call handle, unless ignored, as under nohup. A second one
-    ends the process."""
+    ends the process, but not within a second: torchrun, Slurm and systemd send one each."""
+    times = []
+
     def handler(number, _frame):
-        signal.signal(number, signal.SIG_DFL)
-        handle(number)  # may raise
-        try:
-            os.write(2, b"" if RANK else b"\nstopping after this step; once more: at once\n")
-        except OSError:  # the terminal has gone, and nothing may fail for that now
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        times.append(time.monotonic())
+        if len(times) == 1:
+            handle(number)  # may raise
+            try:
+                os.write(2, b"" if RANK else b"\nstopping after this step; once more: at once\n")
+            except OSError:  # the terminal has gone, and nothing may fail for that now
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        elif times[-1] - times[0] > 1:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
 
     numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
     heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
@@ -1700,33 +1759,50 @@ def pick_device(device, precision):
     n_gpus, n_processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     mps = torch.backends.mps.is_available() and n_processes == 1
     there = {"cuda": n_gpus >= n_processes, "mps": mps, "cpu": True}
-    if device == "auto":
+    is_chosen = device != "auto"
+    if not is_chosen:
         device = "cuda" if n_gpus else "mps" if mps else "cpu"
     rule = f"not for {n_processes} processes, as PyTorch finds {n_gpus} GPUs; use cpu"
     require(there[device], "device", device, rule)
+    if device == "cuda" and (problem := problem_of_gpu()):
+        require(not is_chosen and WORLD_SIZE == 1, "device", device, f"{problem}; use cpu")
+        say(f"warning    the GPU is not used: {problem}")
+        device = "cpu"
     require(precision != "fp16" or device == "cuda", "precision", precision, f"not on {device}")
 
     has = torch.cpu.get_capabilities() if device == "cpu" else {}
     best = "bf16" if has.get("avx512_bf16") or has.get("amx_bf16") else "fp32"
     if device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK") or 0))
         torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")  # or TF32
         best = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return device, best if precision == "auto" else precision
 
+def problem_of_gpu():
+    """Take this process's GPU; why it cannot be used, such as a driver that is too old, or ""."""
+    try:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK") or 0))
+        torch.ones(1, device="cuda").item()
+    except RuntimeError as error:
+        return str(error).partition("\n")[0]
+    return ""
+
 def start_processes(device):
-    """Let the processes of torchrun exchange tensors."""
+    """Let the processes of torchrun exchange tensors. In training, one that has lost the others
+    waits for PyTorch's usual 10 minutes with NCCL, and 30 with gloo."""
     if WORLD_SIZE > 1:
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         try:
-            dist.init_process_group(backend, timeout=timedelta(hours=6))  # a download takes long
+            dist.init_process_group(backend)
         except ValueError as error:
             raise InputError(f"WORLD_SIZE is set, but not by torchrun: {error}") from error
 
 @contextmanager
 def first_process_first():
     """Process 0 runs the block, then the others, unless it has failed."""
-    if RANK > 0 and any_process(False) == [True]:
+    patient = None
+    if WORLD_SIZE > 1:
+        patient = dist.new_group(backend="gloo", timeout=timedelta(hours=6))  # of a download
+    if RANK > 0 and any_process(False, group=patient) == [True]:
         sys.exit(1)  # process 0 says why
     has_failed = True
     try:
@@ -1734,17 +1810,18 @@ def first_process_first():
         has_failed = False
     finally:
         if RANK == 0:
-            any_process(has_failed)
+            any_process(has_failed, group=patient)
 
-def all_reduce_sum(tensor):
+def all_reduce_sum(tensor, group=None):
     """Sum a tensor over all processes, in its place."""
     if WORLD_SIZE > 1:
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, group=group)
     return tensor
 
-def any_process(*conditions):
+def any_process(*conditions, group=None):
     """Of each condition, whether it holds in any process."""
-    return [n > 0 for n in all_reduce_sum(torch.tensor(conditions, dtype=torch.int)).tolist()]
+    n_processes = all_reduce_sum(torch.tensor(conditions, dtype=torch.int), group)
+    return [n > 0 for n in n_processes.tolist()]
 
 def check_that_processes_agree(prepared):
     """Raise InputError if processes have prepared different things."""

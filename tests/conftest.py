@@ -44,7 +44,7 @@ def stories(texts):
 
 @pytest.fixture(scope="session")
 def tokenizer(stories):
-    return project.load_tokenizer("bpe:400", stories)
+    return project.train_tokenizer(stories, 400)
 
 
 @pytest.fixture

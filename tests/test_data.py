@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import TINY, read_run, train
 from huggingface_hub import constants
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -218,6 +219,28 @@ def test_a_batch_is_inputs_and_the_same_moved_by_one(encoded, tokenizer):
         assert (targets[row, n:] == project.IGNORE).all()
     assert targets[1, 19] == tokenizer.eos_token_id  # the end of a story is a target, its padding is not
     assert input_ids.min() >= 0
+    # Pinned memory keeps the gaps of a view, and the copy to a GPU then waits.
+    assert input_ids.is_contiguous() and targets.is_contiguous()
+    assert input_ids.stride() == targets.stride() == (64, 1)
+
+
+@pytest.mark.parametrize("device", ["cpu", "mps", "cuda"])
+def test_only_pinned_memory_is_read_while_the_program_goes_on(device):
+    """A Mac's GPU may read other memory after it was released."""
+
+    class Batch:
+        is_pinned = False
+
+        def pin_memory(self):
+            pinned = Batch()
+            pinned.is_pinned = True
+            return pinned
+
+        def to(self, device, non_blocking=False):
+            return self.is_pinned, non_blocking
+
+    (found,) = project.to_device([Batch()], torch.device(device))
+    assert found == ((True, True) if device == "cuda" else (False, False))
 
 
 @pytest.mark.parametrize(("n", "batch_size"), [(1, 8), (8, 8), (83, 8), (2000, 4)])
@@ -256,12 +279,32 @@ def test_a_bpe_tokenizer_is_trained_to_its_size_and_reads_everything(stories, to
     assert len(tokenizer) == 400
     text = "Zoë's 2 cats\n\n said: «naïve» 🙂\x00 <|endoftext|>"
     assert tokenizer.decode(project.encode(tokenizer, text)) == text
-    again = project.load_tokenizer("bpe:400", stories)
+    again = project.train_tokenizer(stories, 400)
     assert again.get_vocab() == tokenizer.get_vocab()
     tokenizer.save_pretrained(tmp_path)
-    reloaded = project.load_tokenizer(str(tmp_path), stories)
+    reloaded = project.load_tokenizer(str(tmp_path))
     assert project.encode(reloaded, text) == project.encode(tokenizer, text)
     assert (reloaded.eos_token, reloaded.eos_token_id) == ("<|endoftext|>", tokenizer.eos_token_id)
+
+
+def test_a_bpe_tokenizer_is_trained_once_for_the_same_stories(workspace, monkeypatch):
+    train("--max-steps 1")
+    first = read_run(epoch=1)[1]["data"]["tokenizer"]
+    trained, train_tokenizer = [], project.train_tokenizer
+
+    def counted(stories, size):
+        trained.append(size)
+        return train_tokenizer(stories, size)
+
+    monkeypatch.setattr(project, "train_tokenizer", counted)
+    train("--max-steps 1 --overwrite")
+    assert trained == [] and read_run(epoch=1)[1]["data"]["tokenizer"] == first
+    train("--max-steps 1 --overwrite --seed 7")  # other stories
+    train("--max-steps 1 --overwrite", TINY.replace("bpe:400", "bpe:410"))
+    assert trained == [400, 410]
+    assert not list((workspace / "checkpoints").rglob("*.tmp"))
+    for file in (workspace / "checkpoints" / "epoch_1").glob("*.json"):
+        assert "checkpoints" not in file.read_text() or file.name == "training.json", file
 
 
 @pytest.mark.parametrize("name", ["bpe:256", "bpe:", "bpe:many", "bpe:-1", "missing-tokenizer", "./missing/folder"])

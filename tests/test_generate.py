@@ -410,7 +410,7 @@ def test_a_checkpoint_that_cannot_be_used_is_refused_in_one_line(checkpoint, wor
     assert "transformer.h.2." in spoil("deeper", edit_config(n_layer=3))
     spoil("word", edit_config(n_embd="wide"))
     assert "weight" in spoil("vocabulary", edit_config(vocab_size=500))
-    other = project.load_tokenizer("bpe:500", stories)
+    other = project.train_tokenizer(stories, 500)
     assert "500" in spoil("tokenizer", other.save_pretrained)
     assert "lm_head" in spoil("missing", edit_weights(lambda weights: weights.pop("lm_head.weight")))
     assert "extra" in spoil("unknown", edit_weights(lambda weights: weights.update(extra=torch.ones(1))))

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -136,6 +137,42 @@ def test_an_empty_batch_changes_nothing(model):
     assert not any(p.grad.any() for p in model.parameters() if p.requires_grad)
 
 
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
+def test_two_processes_learn_the_same_with_the_compiler(alone, tiny, tmp_path):
+    """Their gradients are exchanged in parts while the backward pass goes on, and in the last step of an epoch one of
+    them has no batch."""
+    assert run_all(tmp_path, f"{tiny} --compile on", 2, note_the_order) == [0, 0], output(tmp_path, 0)
+    assert_same_figures(tmp_path, alone)
+    assert "compile    took" in output(tmp_path, 0) and "compile    off" not in output(tmp_path, 0)
+    assert (tmp_path / "order").read_text() == "compiles a DistributedDataParallel"
+
+
+def note_the_order():
+    compile = torch.compile
+
+    def noted(learner, **options):
+        if not project.RANK:
+            Path("order").write_text(f"compiles a {type(learner).__name__}")
+        return compile(learner, **options)
+
+    torch.compile = noted
+
+
+def test_only_the_preparation_may_take_hours(monkeypatch):
+    """In training, a process that has lost the others waits for minutes, as PyTorch does by itself."""
+    limits = {}
+    monkeypatch.setattr(project, "WORLD_SIZE", 2)
+    monkeypatch.setattr(project.dist, "init_process_group", lambda backend, **options: limits.update(options))
+    monkeypatch.setattr(project.dist, "new_group", lambda backend, timeout: (backend, timeout.total_seconds()))
+    groups = []
+    monkeypatch.setattr(project.dist, "all_reduce", lambda tensor, group=None: groups.append(group))
+    project.start_processes("cpu")
+    with project.first_process_first():
+        pass
+    project.any_process(False)
+    assert limits == {} and groups == [("gloo", 6 * 3600), None]
+
+
 def kill_after_step(n):
     """Have this process kill itself when it begins step n + 1."""
     update, left = project.update, [n]
@@ -177,6 +214,38 @@ def test_a_signal_saves_and_stops_all(tiny, pair, tmp_path):
     same_runs(tmp_path, pair)
 
 
+def test_a_signal_that_comes_twice_is_one_and_no_process_ends_before_the_save(tiny, pair, tmp_path):
+    """Slurm and systemd signal every process, and torchrun does it again."""
+    started = start_all(tmp_path, f"{tiny} --accum-steps 2", 2, slow_steps_and_saves)
+    wait_for(lambda: (tmp_path / "steps").exists())
+    for _ in range(2):
+        for process in started:
+            os.kill(process.pid, signal.SIGTERM)
+        time.sleep(0.3)
+    wait_for(lambda: (tmp_path / "saving").exists())
+    time.sleep(0.5)
+    assert started[0].is_alive() and started[1].is_alive()  # both, until it is saved
+    for process in started:
+        process.join(60)
+    assert [process.exitcode for process in started] == [143, 143]
+    assert "saved after step" in output(tmp_path, 0).splitlines()[-1]
+    assert (tmp_path / "checkpoints" / "last.pt").exists() and not list(tmp_path.rglob("*.tmp"))
+    assert run_all(tmp_path, tiny, 2) == [0, 0]
+    same_runs(tmp_path, pair)
+
+
+def slow_steps_and_saves():
+    slow_steps()
+    save = torch.save
+
+    def slow_save(*arguments):
+        Path("saving").write_text("save")
+        time.sleep(1.5)
+        save(*arguments)
+
+    torch.save = slow_save
+
+
 def slow_steps():
     """Make every step take 0.3 s, and note in a file that it begins."""
     update = project.update
@@ -191,7 +260,7 @@ def slow_steps():
 
 
 def poison_the_fourth_step():
-    backward, left = project.backward, [4]
+    backward, left = project.backward, [1 + 4]  # the first is the trial on the longest stories
 
     def poisoned(learner, *rest):
         left[0] -= 1

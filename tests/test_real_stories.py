@@ -25,7 +25,7 @@ def stories():
 
 def test_ten_percent_of_the_stories_become_batches(stories, tmp_path):
     settings = project.Settings()
-    tokenizer = project.load_tokenizer(str(TOKENIZER), stories)
+    tokenizer = project.load_tokenizer(str(TOKENIZER))
     train, test, counts = project.split_stories(stories, settings)
     assert len(train) + len(test) + counts["duplicates"] + counts["empty"] == round(0.1 * len(stories))
     ids, lengths, n_cut = project.encode_stories(train, tokenizer, settings.n_positions, tmp_path / "tokens.arrow")

@@ -120,6 +120,33 @@ def test_the_cpu_computes_in_bf16_only_where_it_has_instructions_for_it(capabili
     assert project.pick_device("mps", "auto") == ("mps", "fp32")
 
 
+def test_a_gpu_that_is_listed_but_cannot_be_used_is_not_taken(monkeypatch, capsys, refused):
+    """The driver lists it, and is too old for PyTorch."""
+    text = "The NVIDIA driver on your system is too old (found version 11040).\nPlease update your GPU driver"
+
+    def fail(*_, **__):
+        raise RuntimeError(text)
+
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.set_device", fail)
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {}, raising=False)
+    assert project.pick_device("auto", "auto") == ("cpu", "fp32")
+    first = text.splitlines()[0]
+    assert capsys.readouterr().out == f"warning    the GPU is not used: {first}\n"
+    assert project.pick_device("cpu", "auto") == ("cpu", "fp32") and capsys.readouterr().out == ""
+    wrong = f"gpt2_tinystories.py: --device cuda: {first}; use cpu"
+    assert refused(project.main, "--device cuda").partition(": ")[2] == wrong.partition(": ")[2]
+    # Of several processes one alone must not take the CPU.
+    monkeypatch.setattr(project, "WORLD_SIZE", 2)
+    with pytest.raises(project.InputError, match="too old"):
+        project.pick_device("auto", "auto")
+    # The last look is a computation: a GPU that PyTorch was not built for is listed, and can be chosen.
+    text = "CUDA error: no kernel image is available for execution on the device"
+    monkeypatch.setattr("torch.cuda.set_device", lambda number: None)
+    monkeypatch.setattr("torch.ones", fail)
+    assert project.problem_of_gpu() == text
+
+
 def test_the_names_of_settings_that_are_listed_are_settings():
     names = {field.name for field in dataclasses.fields(project.Settings)}
     assert names >= project.NOT_WITH_INIT and names >= project.MAY_CHANGE

@@ -110,13 +110,85 @@ def test_the_loss_of_rows_is_that_of_the_whole_vocabulary(dtype, tolerance, enco
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
 def test_the_compiled_model_has_the_loss_and_gradients_of_the_plain_one(model, encoded, capsys):
-    batches = loader_of(encoded, [range(4), range(30, 33)])
+    batches = loader_of(encoded, [range(4), range(30, 33), [7], []])
     expected_sums, expected = plain_gradients(model, batches)
-    compiled = project.make_learner(model, batches[0], project.Settings(compile="on"), nullcontext(), NO_SCALER)
-    assert "off" not in capsys.readouterr().out
+    compiled = project.make_learner(model, encoded, project.Settings(compile="on"), nullcontext(), NO_SCALER)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "compile    the model, which may take a minute or two"
+    assert re.fullmatch(r"compile    took \d+ s", lines[1]) and len(lines) == 2
+    n_compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert n_compiled
     assert backward(compiled, batches) == pytest.approx(expected_sums)
     for p, gradient in zip((p for p in model.parameters() if p.requires_grad), expected, strict=True):
         torch.testing.assert_close(p.grad, gradient, atol=1e-5, rtol=1e-3)
+    # One story, or none, would be compiled again, where nobody expects that it may fail.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == n_compiled
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+@pytest.mark.parametrize("kind", [project.GPT, project.FoldedGPT])
+def test_pieces_of_any_size_give_the_same_loss_and_gradients(kind, dtype, tolerance, encoded, model, monkeypatch):
+    if kind is project.GPT:
+        model = project.GPT(make_config(model.tokenizer), model.tokenizer)
+    batches = loader_of(encoded, [range(10), [11]])
+    n_rows, n_positions = len(model.lm_head.weight), batches[0][0].numel()
+    autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
+
+    def of_pieces(n):
+        sizes, loss = [], kind.loss
+        with monkeypatch.context() as patch:
+            patch.setattr(project, "PIECE", n * n_rows)
+            patch.setattr(kind, "loss", lambda model, logits, targets: (sizes.append(len(logits)),
+                                                                        loss(model, logits, targets))[1])  # fmt: skip
+            sums = backward(model, batches, autocast)
+        found = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+        model.zero_grad()
+        return sizes, sums, found
+
+    sizes, expected_sums, expected = of_pieces(n_positions)
+    assert sizes == [n_positions, batches[1][0].numel()]
+    for n in (100, n_positions - 1, *([1] if dtype == torch.float32 else [])):
+        sizes, sums, found = of_pieces(n)
+        assert max(sizes) == n and sum(sizes) == n_positions + batches[1][0].numel()
+        assert sums == pytest.approx(expected_sums, rel=tolerance / 10)
+        for one, two in zip(found, expected, strict=True):
+            assert (one - two).norm() <= tolerance * two.norm()
+
+
+def test_no_piece_of_logits_is_larger_than_what_an_allocator_keeps(encoded, tokenizer):
+    """32 MB, in fp32; a piece has a position at least."""
+    for n_rows, n_expected in ((10_432, 804), (50_257, 166), (2**24, 1)):
+        model = project.GPT.__new__(project.GPT)
+        torch.nn.Module.__init__(model)
+        with torch.device("meta"):
+            model.lm_head = torch.nn.Linear(1, n_rows)
+        n = model.positions_of_a_piece(torch.empty(10_000, 1))
+        assert n == n_expected and (n == 1 or n * n_rows * 4 <= 2**25 < (n + 1) * n_rows * 4)
+        assert model.positions_of_a_piece(torch.empty(10_000, 1, device="meta")) == 10_000  # as on a GPU
+
+
+def test_the_longest_stories_are_tried_before_the_first_step(workspace, monkeypatch, refused):
+    """Too little memory for them shows at once, with the right advice, and with the compiler, too."""
+    sizes, forward = [], project.FoldedGPT.forward
+
+    def counted(model, input_ids, targets=None, **options):
+        sizes.append(input_ids.shape)
+        if targets is not None and model.training and len(sizes) < 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return forward(model, input_ids, targets, **options)
+
+    monkeypatch.setattr(project.FoldedGPT, "forward", counted)
+    monkeypatch.setattr("torch.compile", lambda model, **_: model)
+    for arguments in (TINY, f"{TINY} --compile on"):
+        sizes.clear()
+        line = refused(project.main, arguments)
+        assert "out of memory; halve --batch-size and double --accum-steps" in line
+        assert {shape for shape in sizes} == {(8, 64)}
+        assert not (workspace / "checkpoints" / "last.pt").exists()
+    sizes.clear()
+    monkeypatch.setattr(project.FoldedGPT, "forward", lambda *a, **o: (sizes.append(a[1].shape), forward(*a, **o))[1])
+    train("--max-steps 3")
+    assert all(n <= sizes[0][0] and length <= sizes[0][1] for n, length in sizes)
 
 
 def test_padding_never_changes_a_loss(model, encoded):
@@ -333,7 +405,7 @@ def test_dropout_is_on_again_after_a_sample(workspace, monkeypatch):
 
     monkeypatch.setattr(project.GPT, "forward", spy)
     train("--precision fp32")
-    assert len(modes) == 18 and set(modes) == {(True, True)}
+    assert len(modes) == 1 + 18 and set(modes) == {(True, True)}  # the first is the trial on the longest stories
 
 
 def test_the_same_command_twice_gives_the_same_weights(finished, workspace):
@@ -633,17 +705,35 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(workspace, r
     assert record["epochs"][-1]["step"] == 10
 
 
-def test_a_compiler_that_fails_is_reported_and_the_run_goes_on(finished, workspace, monkeypatch, capsys):
-    def broken(function, **_):
+def test_a_compiler_that_fails_is_reported_whole(finished, workspace, monkeypatch, capsys, refused):
+    """`on` means on; `auto`, which is on where there is a GPU, goes on without it."""
+
+    def broken(learner, **_):
         def fail(*_):
             raise RuntimeError("no working compiler\nlong story")
 
-        fail.device = torch.device("cpu")
+        fail.device = learner.device
         return fail
 
     monkeypatch.setattr("torch.compile", broken)
-    train("--compile on")
-    assert capsys.readouterr().out.count("compile    off: RuntimeError: no working compiler") == 1
+    line = refused(project.main, f"{TINY} --compile on")
+    assert line.endswith("--compile on: PyTorch fails: RuntimeError: no working compiler long story")
+    assert not list(workspace.glob("checkpoints/epoch_*"))
+
+    make_learner, model_class = project.make_learner, project.FoldedGPT
+
+    def as_on_a_gpu(model, *rest):
+        with monkeypatch.context() as patch:
+            patch.setattr(model_class, "device", property(lambda model: Device()))
+            return make_learner(model, *rest)
+
+    class Device:
+        type = "cuda"
+
+    monkeypatch.setattr(project, "to_device", lambda batch, device: batch)
+    monkeypatch.setattr(project, "make_learner", as_on_a_gpu)
+    train("--compile auto")
+    assert capsys.readouterr().out.count("compile    off: RuntimeError: no working compiler\nlong story\n") == 1
     same_runs(workspace, finished)
 
 

@@ -173,16 +173,14 @@ def test_a_prompt_is_looked_at_too(stories_here, refused):
     assert "'A ∑'" in refused(project.main, [*other, "--overwrite"])  # although there are tokens
 
 
-@pytest.mark.parametrize("with_stories", [True, False])
-def test_a_part_of_a_tokenizer_that_no_story_needs_is_kept_too(with_stories, workspace):
+def test_a_part_of_a_tokenizer_that_no_story_needs_is_kept_too(workspace):
     digits = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     own = byte_level("t", "GPT2TokenizerFast", pre_tokenizer=pre_tokenizers.Sequence(digits))
     content = json.loads(Path("t/tokenizer.json").read_text())
     content["model"]["vocab"]["42"] = 400
     content["model"]["merges"].append(["4", "2"])
     Path("t/tokenizer.json").write_text(json.dumps(content))
-    stories = datasets.Dataset.from_dict({"text": ["A cat."]}) if with_stories else None
-    tokenizer = project.load_tokenizer("t", stories)
+    tokenizer = project.load_tokenizer("t")
     text = "Tom is 42."
     assert project.encode(tokenizer, text) == own.encode(text, add_special_tokens=False).ids
     assert 400 not in project.encode(tokenizer, text)

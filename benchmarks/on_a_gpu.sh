@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# What only a CUDA GPU can show, in about ten minutes and without a network, the most important first.
+#
+#   bash benchmarks/on_a_gpu.sh OUT               on a machine with a GPU
+#   bash benchmarks/on_a_gpu.sh OUT --rehearse    tiny, on a CPU: shows beforehand that every part runs
+#
+# Each part has a time limit, and leaves what it prints in a file of the folder OUT; OUT/summary.txt says how each ended.
+#
+# PYTHON     the interpreter that has PyTorch (default: python3)
+# WHEELS     a folder of wheels to install beside its packages, for what such a machine lacks, as in
+#            pip download --no-deps --only-binary=:all: --python-version 3.12 -d wheels datasets dill multiprocess
+# TOKENIZER  as for gpt2_tinystories.py (default: bpe:4096); a folder with GPT-2's makes the vocabulary real
+set -uo pipefail
+
+out=$(mkdir -p "${1:?where to write}" && cd "$1" && pwd)
+cd "$(dirname "$0")/.."
+export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD HF_HUB_OFFLINE=1
+python=${PYTHON:-python3}
+tokenizer=${TOKENIZER:-bpe:4096}
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+if [ "${2:-}" = --rehearse ]; then
+    n_stories=300
+    device=cpu
+    sizes=(--n-embd 32 --n-head 2 --n-inner 64 --n-positions 64 --epochs 2)
+    few=(--rounds 1 --steps 1)
+    large=(--batch-size 4 --accum-steps 1)
+else
+    n_stories=42394 # of 211,971: a fifth of the default job, which is a tenth of TinyStories
+    device=cuda
+    sizes=()
+    few=()
+    large=(--batch-size 64 --accum-steps 1)
+fi
+
+# part NAME SECONDS COMMAND...: a command that may take so long.
+part() {
+    local name=$1 limit=$2 began=$SECONDS
+    shift 2
+    timeout --signal=TERM --kill-after=20 "$limit" "$@" >"$out/$name.txt" 2>&1
+    echo "$name: exit code $? after $((SECONDS - began)) s" | tee -a "$out/summary.txt"
+}
+
+: >"$out/summary.txt"
+if [ -n "${WHEELS:-}" ]; then
+    part wheels 60 "$python" -m pip install --quiet --no-index --no-deps --target "$work/site" "$WHEELS"/*.whl
+    export PYTHONPATH=$PWD:$work/site
+fi
+"$python" sample_stories.py "$n_stories" >"$work/stories.txt"
+speed=("$python" benchmarks/train_speed.py --data "$work/stories.txt" --tokenizer "$tokenizer" --device "$device")
+speed+=("${few[@]}")
+
+part tests 150 "$python" -m pytest -n 0 -m gpu -rs tests/test_gpu.py
+part speed_8x2 120 "${speed[@]}" --only hf-tuned not-folded ours
+part run 150 "$python" gpt2_tinystories.py --data "$work/stories.txt" --fraction 1 --tokenizer "$tokenizer" \
+    --device "$device" "${sizes[@]}" --checkpoints "$work/run" --plots "$out"
+part profile 60 "${speed[@]}" --only ours --rounds 1 --profile
+part speed_64x1 120 "${speed[@]}" "${large[@]}" --only hf-tuned not-folded ours
+cat "$out/summary.txt"
