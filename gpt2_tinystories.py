@@ -58,7 +58,7 @@ LOCAL_STORIES = Path("tinystories_local")
 BUILT_IN, N_BUILT_IN = "built-in stories", 12_000
 END_OF_STORY = "<|endoftext|>"
 IGNORE = -100  # the target of padding
-PIECE = 2**23  # numbers of a piece of logits
+PIECE, SHORTEST_PIECE = 2**23, 512  # logits of a piece, and its positions at least
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WORLD_SIZE = max(1, int(os.environ.get("WORLD_SIZE") or 1))  # processes
 RANK = int(os.environ.get("RANK") or 0) if WORLD_SIZE > 1 else 0  # process 0 prints and writes
@@ -582,7 +582,8 @@ class CausalSelfAttention(nn.Module):
             v = cache["v"] = torch.cat((cache["v"], v), dim=2)
         dropout_p = self.attn_pdrop if self.training else 0.0
         # With a filled cache there is one token, which may look at everything before it.
-        x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=T > 1)
+        is_causal = cache is None or T > 1
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=is_causal)
         return self.c_proj(x.transpose(1, 2).reshape(B, T, C))
 
 class Block(nn.Module):
@@ -668,10 +669,11 @@ class GPT(nn.Module):
 
     def positions_of_a_piece(self, x):
         """Of how many positions logits are made at once. A CPU's memory allocator gives blocks
-        above 32 MB back to the system at once, and gets new ones page by page."""
+        above 32 MB back to the system at once, and gets new ones page by page. But each piece makes
+        a gradient of the whole head: very short ones are no gain."""
         if x.device.type != "cpu" or torch.compiler.is_compiling():
             return len(x)
-        return max(1, PIECE // self.lm_head.weight.size(0))
+        return max(SHORTEST_PIECE, PIECE // self.lm_head.weight.size(0))
 
     def empty_cache(self, batch_size):
         """A cache for forward: each layer's keys and values (B, H, 0, D) of no tokens."""
@@ -1775,7 +1777,10 @@ def pick_device(device, precision):
     if device == "cuda":
         torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")  # or TF32
         best = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return device, best if precision == "auto" else precision
+    precision = best if precision == "auto" else precision
+    if (device, precision) == ("cpu", "bf16"):
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages, from the first tensor on
+    return device, precision
 
 def problem_of_gpu():
     """Take this process's GPU; why it cannot be used, such as a driver that is too old, or ""."""

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -137,7 +136,6 @@ def test_an_empty_batch_changes_nothing(model):
     assert not any(p.grad.any() for p in model.parameters() if p.requires_grad)
 
 
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
 def test_two_processes_learn_the_same_with_the_compiler(alone, tiny, tmp_path):
     """Their gradients are exchanged in parts while the backward pass goes on, and in the last step of an epoch one of
     them has no batch."""
@@ -153,7 +151,7 @@ def note_the_order():
     def noted(learner, **options):
         if not project.RANK:
             Path("order").write_text(f"compiles a {type(learner).__name__}")
-        return compile(learner, **options)
+        return compile(learner, backend="aot_eager", **options)  # all but the C++, which takes a minute
 
     torch.compile = noted
 

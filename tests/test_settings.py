@@ -1,6 +1,7 @@
 """Settings: one declaration, its flags, and the refusal of contradictions."""
 
 import dataclasses
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -118,6 +119,27 @@ def test_the_cpu_computes_in_bf16_only_where_it_has_instructions_for_it(capabili
     assert project.pick_device("cpu", "bf16") == ("cpu", "bf16")
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
     assert project.pick_device("mps", "auto") == ("mps", "fp32")
+
+
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif("[madvise]" not in (HUGE_PAGES.read_text() if HUGE_PAGES.exists() else ""), reason="no huge pages")
+@pytest.mark.parametrize(("precision", "chosen", "is_huge"), [("bf16", None, True), ("fp32", None, False),
+                                                              ("bf16", "0", False)])  # fmt: skip
+def test_products_in_bf16_have_huge_pages(precision, chosen, is_huge, tmp_path):
+    """They are faster with them, those in fp32 slower. What the user has chosen stays."""
+    code = (
+        "import gpt2_tinystories as project, torch\n"
+        f"project.pick_device('cpu', '{precision}')\n"
+        "weights = torch.ones(1 << 24)\n"
+        "lines = open('/proc/self/smaps').read().splitlines()\n"
+        "print(sum(int(line.split()[1]) for line in lines if line.startswith('AnonHugePages')))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+    environment |= {"PYTHONPATH": str(ROOT)} | ({"THP_MEM_ALLOC_ENABLE": chosen} if chosen else {})
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert (int(done.stdout) > 30_000) == is_huge, done.stdout + done.stderr  # kB, of 64 MB
 
 
 def test_a_gpu_that_is_listed_but_cannot_be_used_is_not_taken(monkeypatch, capsys, refused):
