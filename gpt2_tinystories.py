@@ -126,7 +126,7 @@ class Settings(Flags):
     save_every: float = flag(10.0, "minutes between saves inside an epoch", *AT_LEAST_0)
     device: Literal["auto", "cuda", "cpu", "mps"] = flag("auto", "where to compute")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = flag("auto", "format of matrix products")
-    compile: Literal["auto", "on", "off"] = flag("auto", "torch.compile; auto: on a CUDA GPU")
+    compile: Literal["auto", "on", "off"] = flag("auto", "torch.compile; auto: on CUDA, if it works")
     checkpoints: str = flag("checkpoints", "folder of the checkpoints", *NAME)
     plots: str = flag("plots", "folder of the plots", *NAME)
     overwrite: bool = flag(False, "start over although a run is there")
