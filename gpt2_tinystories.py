@@ -126,7 +126,7 @@ class Settings(Flags):
     save_every: float = flag(10.0, "minutes between saves inside an epoch", *AT_LEAST_0)
     device: Literal["auto", "cuda", "cpu", "mps"] = flag("auto", "where to compute")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = flag("auto", "format of matrix products")
-    compile: Literal["auto", "on", "off"] = flag("auto", "torch.compile; auto: on CUDA, if it works")
+    compile: Literal["auto", "on", "off"] = flag("auto", "torch.compile; auto: on CUDA if it works")
     checkpoints: str = flag("checkpoints", "folder of the checkpoints", *NAME)
     plots: str = flag("plots", "folder of the plots", *NAME)
     overwrite: bool = flag(False, "start over although a run is there")
@@ -496,13 +496,13 @@ def prepare_data(settings, data, tokenizer=None):
     stories, source = load_stories(data, cache_dir)
     train_stories, test_stories, counts = split_stories(stories, settings)
     if not tokenizer:
-        name = settings.tokenizer
+        name, hint = settings.tokenizer, "; bpe:4096 needs no network"
         if name == "auto":
             name = "bpe:4096" if source == BUILT_IN else "gpt2"
         if name.startswith("bpe:"):
             path = cache_dir / f"bpe-{counts['fingerprint']}"
-            name = trained_tokenizer(name, train_stories, path)
-        tokenizer = load_tokenizer(name, hint="; bpe:4096 needs no network")
+            name, hint = trained_tokenizer(name, train_stories, path), "; delete it"
+        tokenizer = load_tokenizer(name, hint=hint)
 
     text = f"{tokenizer.eos_token_id} {tokenizer.backend_tokenizer.to_str()}"
     counts |= {"source": source, "tokenizer": digest(text.encode())}
@@ -1000,7 +1000,7 @@ def update(model, optimizers, grad_clip, scaler):
 
 def make_learner(model, train_set, settings, autocast, scaler):
     """The model, joined with those of other processes and, if that works, compiled. It is tried on
-    the longest stories: memory that is too small for them shows before the first step."""
+    the longest stories, so that most lacks of memory show before the first step."""
     learner = model.train()
     if WORLD_SIZE > 1:
         learner = DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -1018,9 +1018,11 @@ def make_learner(model, train_set, settings, autocast, scaler):
         say("compile    the model, which may take a minute or two")
         began = time.monotonic()
         torch.compiler.set_stance("default")
-        compiled = torch.compile(learner, dynamic=True)
         try:
-            try_out(compiled)
+            compiled = torch.compile(learner, dynamic=True)
+            # B and T are two sizes, also if they are equal here.
+            with torch.fx.experimental._config.patch(use_duck_shape=False):
+                try_out(compiled)
         except RuntimeError as error:
             problem = f"{type(error).__name__}: {error}"
         else:
@@ -1468,6 +1470,8 @@ def draw(record, ends, curve):
 def main(argv=None):
     settings = parse(Settings, __doc__, argv)
     device, precision = pick_device(settings.device, settings.precision)
+    if (device, precision) == ("cpu", "bf16"):  # fp32 is slower with huge pages
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # heard before the first tensor
     start_processes(device)
     folder, plots = Path(settings.checkpoints), Path(settings.plots)
     with locked(folder), locked(plots):
@@ -1576,13 +1580,11 @@ def clear_folders(settings, record):
 def result(record):
     """What to say at the end of a run."""
     final = record["epochs"][-1]["test_perplexity"]
-    is_for_want = record["settings"]["data"] == "auto" and record["data"]["source"] == BUILT_IN
-    which = "of the BUILT-IN STORIES, for want of others; " if is_for_want else ""
     best = min(record["epochs"], key=lambda epoch: epoch["test_loss"])
-    return ("test perplexity {0:.2f}, lowest in epoch {epoch}, {test_perplexity:.2f}; {1}"
+    return ("test perplexity {0:.2f} on {source}, lowest in epoch {epoch}, {test_perplexity:.2f}; "
             "see {plots}\n"
             "next: python gpt2_generate.py --model {checkpoints}/epoch_{epoch}"
-            .format(final, which, **best, **record["settings"]))
+            .format(final, source=record["data"]["source"], **best, **record["settings"]))
 
 # --- Small print: command line, errors, signals, lock, devices, processes, network ---------------
 
@@ -1707,30 +1709,39 @@ def run(main, after_interrupt="", after_no_memory=FEWER_TOKENS):
 def interrupt(number):
     raise KeyboardInterrupt(number, "interrupted")
 
+SAME_SIGNAL = 1.0  # seconds in which a second one is the same
+
 @contextmanager
 def on_signals(handle):
     """Inside, Ctrl-C, SIGTERM and SIGHUP call handle, unless ignored, as under nohup. A second one
-    ends the process, but not within a second: torchrun, Slurm and systemd send one each."""
-    times = []
+    ends the process; but within a second it is the same one, as torchrun, Slurm and systemd send
+    one each, and the system drops it, whatever PyTorch is computing."""
+    has_timer = hasattr(signal, "setitimer")  # not on Windows
 
     def handler(number, _frame):
-        times.append(time.monotonic())
-        if len(times) == 1:
-            handle(number)  # may raise
-            try:
-                os.write(2, b"" if RANK else b"\nstopping after this step; once more: at once\n")
-            except OSError:  # the terminal has gone, and nothing may fail for that now
-                os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        elif times[-1] - times[0] > 1:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
+        use_for_all(signal.SIG_IGN if has_timer else signal.SIG_DFL)
+        if has_timer:
+            signal.signal(signal.SIGALRM, lambda *_: use_for_all(signal.SIG_DFL))
+            signal.setitimer(signal.ITIMER_REAL, SAME_SIGNAL)
+        handle(number)  # may raise
+        try:
+            os.write(2, b"" if RANK else b"\nstopping after this step; once more: at once\n")
+        except OSError:  # the terminal has gone, and nothing may fail for that now
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+    def use_for_all(handler):
+        for number in heard:
+            signal.signal(number, handler)
 
     numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
     heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
-    earlier = {number: signal.signal(number, handler) for number in heard}
+    earlier = {number: signal.getsignal(number) for number in heard}
+    use_for_all(handler)
     try:
         yield
     finally:
+        if has_timer:
+            signal.setitimer(signal.ITIMER_REAL, 0)
         for number in heard:
             signal.signal(number, earlier[number])
 
@@ -1767,7 +1778,11 @@ def pick_device(device, precision):
     rule = f"not for {n_processes} processes, as PyTorch finds {n_gpus} GPUs; use cpu"
     require(there[device], "device", device, rule)
     if device == "cuda" and (problem := problem_of_gpu()):
-        require(not is_chosen and WORLD_SIZE == 1, "device", device, f"{problem}; use cpu")
+        if RANK:  # the others may have no problem
+            print(f"process {RANK}: {problem}", file=sys.stderr)
+        is_in_use = re.search(f"{NO_MEMORY}|busy", problem)  # by another program
+        may_go_on = not is_chosen and not is_in_use and WORLD_SIZE == 1
+        require(may_go_on, "device", device, f"{problem}; use cpu")
         say(f"warning    the GPU is not used: {problem}")
         device = "cpu"
     require(precision != "fp16" or device == "cuda", "precision", precision, f"not on {device}")
@@ -1777,23 +1792,20 @@ def pick_device(device, precision):
     if device == "cuda":
         torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")  # or TF32
         best = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    precision = best if precision == "auto" else precision
-    if (device, precision) == ("cpu", "bf16"):
-        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages, from the first tensor on
-    return device, precision
+    return device, best if precision == "auto" else precision
 
 def problem_of_gpu():
     """Take this process's GPU; why it cannot be used, such as a driver that is too old, or ""."""
     try:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK") or 0))
         torch.ones(1, device="cuda").item()
-    except RuntimeError as error:
+    except (RuntimeError, torch.cuda.DeferredCudaCallError) as error:
         return str(error).partition("\n")[0]
     return ""
 
 def start_processes(device):
     """Let the processes of torchrun exchange tensors. In training, one that has lost the others
-    waits for PyTorch's usual 10 minutes with NCCL, and 30 with gloo."""
+    waits for PyTorch's usual 30 minutes."""
     if WORLD_SIZE > 1:
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         try:

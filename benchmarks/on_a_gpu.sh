@@ -41,14 +41,19 @@ part() {
     local name=$1 limit=$2 began=$SECONDS
     shift 2
     timeout --signal=TERM --kill-after=20 $((limit * patience)) "$@" >"$out/$name.txt" 2>&1
-    echo "$name: exit code $? after $((SECONDS - began)) s" | tee -a "$out/summary.txt"
+    local code=$?
+    [ "$code" = 0 ] || failed=1
+    echo "$name: exit code $code after $((SECONDS - began)) s" | tee -a "$out/summary.txt"
 }
+failed=0
 
 : >"$out/summary.txt"
 if [ -n "${WHEELS:-}" ]; then
     part wheels 60 "$python" -m pip install --quiet --no-index --no-deps --target "$work/site" "$WHEELS"/*.whl
     export PYTHONPATH=$PWD:$work/site
 fi
+part machine 60 "$python" -c "import torch, transformers; print(torch.__version__, transformers.__version__)
+print(torch.zeros(1, device='$device') + 1, torch.cuda.is_available() and torch.cuda.get_device_name())"
 "$python" sample_stories.py "$n_stories" >"$work/stories.txt"
 "$python" sample_stories.py $((n_stories / 10)) >"$work/some.txt" # for speed
 speed=("$python" benchmarks/train_speed.py --data "$work/some.txt" --tokenizer "$tokenizer" --device "$device")
@@ -60,4 +65,4 @@ part run 150 "$python" gpt2_tinystories.py --data "$work/stories.txt" --fraction
     --device "$device" "${sizes[@]}" --checkpoints "$work/run" --plots "$out"
 part profile 60 "${speed[@]}" --only ours --rounds 1 --profile
 part speed_64x1 120 "${speed[@]}" "${large[@]}" --only hf-tuned not-folded ours
-cat "$out/summary.txt"
+exit $failed

@@ -185,7 +185,7 @@ def test_a_second_signal_ends_the_process_at_once(tmp_path, tiny):
     os.kill(process.pid, signal.SIGINT)
     wait_for(lambda: "once more" in read(tmp_path))
     os.kill(process.pid, signal.SIGTERM)  # this soon, it is the same one, as systemd and torchrun send it again
-    time.sleep(1.1)
+    time.sleep(3.5)
     assert process.is_alive()
     os.kill(process.pid, signal.SIGINT)
     process.join(5)
@@ -195,6 +195,7 @@ def test_a_second_signal_ends_the_process_at_once(tmp_path, tiny):
 
 def slow_saves():
     torch.save = lambda *_: time.sleep(30)
+    project.SAME_SIGNAL = 3.0
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -226,7 +227,7 @@ def test_a_signal_during_an_evaluation_is_noted_and_a_second_one_ends_the_proces
     wait_for(lambda: "an evaluation begins" in read(tmp_path))
     os.kill(process.pid, number)
     wait_for(lambda: "stopping after this step; once more: at once" in read(tmp_path))
-    time.sleep(1.1)
+    time.sleep(2)
     assert process.is_alive()
     os.kill(process.pid, number)
     process.join(5)

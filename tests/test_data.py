@@ -287,7 +287,7 @@ def test_a_bpe_tokenizer_is_trained_to_its_size_and_reads_everything(stories, to
     assert (reloaded.eos_token, reloaded.eos_token_id) == ("<|endoftext|>", tokenizer.eos_token_id)
 
 
-def test_a_bpe_tokenizer_is_trained_once_for_the_same_stories(workspace, monkeypatch):
+def test_a_bpe_tokenizer_is_trained_once_for_the_same_stories(workspace, monkeypatch, refused):
     train("--max-steps 1")
     first = read_run(epoch=1)[1]["data"]["tokenizer"]
     trained, train_tokenizer = [], project.train_tokenizer
@@ -305,6 +305,10 @@ def test_a_bpe_tokenizer_is_trained_once_for_the_same_stories(workspace, monkeyp
     assert not list((workspace / "checkpoints").rglob("*.tmp"))
     for file in (workspace / "checkpoints" / "epoch_1").glob("*.json"):
         assert "checkpoints" not in file.read_text() or file.name == "training.json", file
+    (kept,) = (workspace / "checkpoints" / "data").glob("bpe-*-410")
+    (kept / "tokenizer.json").write_text("{")
+    line = refused(project.main, TINY.replace("bpe:400", "bpe:410") + " --max-steps 1 --overwrite")
+    assert str(kept.name) in line and line.endswith("; delete it")
 
 
 @pytest.mark.parametrize("name", ["bpe:256", "bpe:", "bpe:many", "bpe:-1", "missing-tokenizer", "./missing/folder"])

@@ -131,15 +131,17 @@ def test_products_in_bf16_have_huge_pages(precision, chosen, is_huge, tmp_path):
     """They are faster with them, those in fp32 slower. What the user has chosen stays."""
     code = (
         "import gpt2_tinystories as project, torch\n"
-        f"project.pick_device('cpu', '{precision}')\n"
-        "weights = torch.ones(1 << 24)\n"
-        "lines = open('/proc/self/smaps').read().splitlines()\n"
-        "print(sum(int(line.split()[1]) for line in lines if line.startswith('AnonHugePages')))"
+        "def start_processes(device):\n"
+        "    weights = torch.ones(1 << 24)\n"
+        "    lines = [line.split() for line in open('/proc/self/smaps')]\n"
+        "    raise SystemExit(sum(int(line[1]) for line in lines if line[0] == 'AnonHugePages:') > 30_000)\n"
+        "project.start_processes = start_processes\n"
+        f"project.main(['--device', 'cpu', '--precision', '{precision}'])"
     )
     environment = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
     environment |= {"PYTHONPATH": str(ROOT)} | ({"THP_MEM_ALLOC_ENABLE": chosen} if chosen else {})
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=environment)
-    assert (int(done.stdout) > 30_000) == is_huge, done.stdout + done.stderr  # kB, of 64 MB
+    assert done.returncode == is_huge, done.stdout + done.stderr  # 30,000 kB of 64 MB
 
 
 def test_a_gpu_that_is_listed_but_cannot_be_used_is_not_taken(monkeypatch, capsys, refused):
@@ -158,10 +160,16 @@ def test_a_gpu_that_is_listed_but_cannot_be_used_is_not_taken(monkeypatch, capsy
     assert project.pick_device("cpu", "auto") == ("cpu", "fp32") and capsys.readouterr().out == ""
     wrong = f"gpt2_tinystories.py: --device cuda: {first}; use cpu"
     assert refused(project.main, "--device cuda").partition(": ")[2] == wrong.partition(": ")[2]
-    # Of several processes one alone must not take the CPU.
+    # A GPU that another program uses is no reason to train on the CPU for days.
+    for text in ("CUDA error: out of memory", "CUDA error: all CUDA-capable devices are busy or unavailable"):
+        assert f"--device cuda: {text}; use cpu" in refused(project.main, "--device auto")
+    # Of several processes one alone must not take the CPU, and it says why itself.
+    text = "The NVIDIA driver is too old"
     monkeypatch.setattr(project, "WORLD_SIZE", 2)
+    monkeypatch.setattr(project, "RANK", 1)
     with pytest.raises(project.InputError, match="too old"):
         project.pick_device("auto", "auto")
+    assert capsys.readouterr().err == f"process 1: {text}\n"
     # The last look is a computation: a GPU that PyTorch was not built for is listed, and can be chosen.
     text = "CUDA error: no kernel image is available for execution on the device"
     monkeypatch.setattr("torch.cuda.set_device", lambda number: None)

@@ -11,6 +11,7 @@ import time
 from contextlib import nullcontext
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from conftest import TINY, make_config, make_model, read_curve, read_run, same_runs, train
@@ -122,8 +123,43 @@ def test_the_compiled_model_has_the_loss_and_gradients_of_the_plain_one(tokenize
     assert backward(compiled, batches) == pytest.approx(expected_sums)
     for p, gradient in zip((p for p in model.parameters() if p.requires_grad), expected, strict=True):
         torch.testing.assert_close(p.grad, gradient, atol=1e-5, rtol=1e-3)
-    # One story, or none, would be compiled again, where nobody expects that it may fail.
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("batch_size", [8, 20])
+def test_all_batches_but_the_oddest_are_compiled(batch_size, model, encoded, monkeypatch):
+    """Whatever their sizes, also where the longest story is as long as a batch has stories. One story, or none, would
+    be compiled again, where nobody expects that it may fail."""
+    compiled, n_calls, compile = [], [], torch.compile
+
+    def backend(graph, _inputs):
+        compiled.append(1)
+        return lambda *inputs: (n_calls.append(1), graph.forward(*inputs))[1]
+
+    monkeypatch.setattr("torch.compile", lambda model, **options: compile(model, backend=backend, **options))
+    short = project.Tokens([Story(row.as_py()[: 8 + i % 14]) for i, row in enumerate(encoded.ids)], None, 0)
+    short = short._replace(lengths=np.array([len(story.ids) - 1 for story in short.ids]))
+    assert max(short.lengths) == 20
+    settings = project.Settings(compile="on", batch_size=batch_size)
+    learner = project.make_learner(model, short, settings, nullcontext(), NO_SCALER)
+    assert (compiled, n_calls) == ([1], [1])
+    for numbers, is_compiled in ((range(8), True), (range(20), True), ([1, 2], True), ([3], False), ([], False)):
+        n_calls.clear()
+        project.backward(learner, loader_of(short, [numbers]), 1, nullcontext(), NO_SCALER)
+        assert (compiled, n_calls) == ([1], [1] * is_compiled), numbers
+
+
+class Story:
+    """As of an Arrow column."""
+
+    def __init__(self, ids):
+        self.ids = ids
+
+    @property
+    def values(self):
+        return self
+
+    def to_numpy(self):
+        return np.array(self.ids)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
@@ -185,10 +221,23 @@ def test_the_longest_stories_are_tried_before_the_first_step(workspace, monkeypa
         assert "out of memory; halve --batch-size and double --accum-steps" in line
         assert {shape for shape in sizes} == {(8, 64)}
         assert not (workspace / "checkpoints" / "last.pt").exists()
-    sizes.clear()
-    monkeypatch.setattr(project.FoldedGPT, "forward", lambda *a, **o: (sizes.append(a[1].shape), forward(*a, **o))[1])
-    train("--max-steps 3")
-    assert all(n <= sizes[0][0] and length <= sizes[0][1] for n, length in sizes)
+
+
+def test_the_trial_is_on_the_longest_stories(workspace, monkeypatch):
+    stories = [" ".join(["one day"] * n) for n in range(3, 63)]
+    (workspace / "stories.txt").write_text("<|endoftext|>".join(stories), encoding="utf-8")
+    sizes, forward = [], project.FoldedGPT.forward
+
+    def counted(model, input_ids, targets=None, **options):
+        if targets is not None and model.training:
+            sizes.append(input_ids.shape)
+        return forward(model, input_ids, targets, **options)
+
+    monkeypatch.setattr(project.FoldedGPT, "forward", counted)
+    train("--epochs 1", TINY.replace("sample --fraction 0.0067", "stories.txt --fraction 1"))
+    first, *others = sizes
+    assert len(others) == 7 and len({length for _, length in sizes}) > 3
+    assert first[0] == 8 and all(length <= first[1] for _, length in others)
 
 
 def test_padding_never_changes_a_loss(model, encoded):
