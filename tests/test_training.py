@@ -129,6 +129,7 @@ def test_the_compiled_model_has_the_loss_and_gradients_of_the_plain_one(tokenize
 def test_all_batches_but_the_oddest_are_compiled(batch_size, model, encoded, monkeypatch):
     """Whatever their sizes, also where the longest story is as long as a batch has stories. One story, or none, would
     be compiled again, where nobody expects that it may fail."""
+    torch._dynamo.reset()  # what it has learned of sizes
     compiled, n_calls, compile = [], [], torch.compile
 
     def backend(graph, _inputs):
