@@ -40,6 +40,7 @@ from importlib.util import find_spec
 from itertools import count, islice
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from threading import Thread
 from typing import Literal, get_args
 from unicodedata import normalize
 
@@ -1709,41 +1710,46 @@ def run(main, after_interrupt="", after_no_memory=FEWER_TOKENS):
 def interrupt(number):
     raise KeyboardInterrupt(number, "interrupted")
 
-SAME_SIGNAL = 1.0  # seconds in which a second one is the same
+SAME_SIGNAL = 1  # second in which another signal is the same one
 
 @contextmanager
 def on_signals(handle):
-    """Inside, Ctrl-C, SIGTERM and SIGHUP call handle, unless ignored, as under nohup. A second one
-    ends the process; but within a second it is the same one, as torchrun, Slurm and systemd send
-    one each, and the system drops it, whatever PyTorch is computing."""
-    has_timer = hasattr(signal, "setitimer")  # not on Windows
-
-    def handler(number, _frame):
-        use_for_all(signal.SIG_IGN if has_timer else signal.SIG_DFL)
-        if has_timer:
-            signal.signal(signal.SIGALRM, lambda *_: use_for_all(signal.SIG_DFL))
-            signal.setitimer(signal.ITIMER_REAL, SAME_SIGNAL)
-        handle(number)  # may raise
-        try:
-            os.write(2, b"" if RANK else b"\nstopping after this step; once more: at once\n")
-        except OSError:  # the terminal has gone, and nothing may fail for that now
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-
-    def use_for_all(handler):
-        for number in heard:
-            signal.signal(number, handler)
-
+    """Inside, the first Ctrl-C, SIGTERM or SIGHUP calls handle, unless ignored, as under nohup. A
+    second one ends the process at once; but within a second it is the same one, as torchrun, Slurm
+    and systemd send one each."""
     numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
     heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
-    earlier = {number: signal.getsignal(number) for number in heard}
-    use_for_all(handler)
+    noted = []
+
+    def handler(number, _frame):  # called when PyTorch has finished what it is computing
+        if not noted:
+            noted.append(number)
+            handle(number)  # may raise
+            try:
+                os.write(2, b"" if RANK else b"\nstopping after this step; once more: at once\n")
+            except OSError:  # the terminal has gone, and nothing may fail for that now
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+    def watch():  # a thread gets the number of each signal at once
+        first = math.inf
+        while number := os.read(numbers_out, 1):
+            if time.monotonic() - first > SAME_SIGNAL:
+                os._exit(128 + number[0])
+            first = min(first, time.monotonic())
+        os.close(numbers_out)
+
+    numbers_out, numbers_in = os.pipe()
+    os.set_blocking(numbers_in, False)
+    Thread(target=watch, daemon=True).start()
+    earlier_in = signal.set_wakeup_fd(numbers_in)
+    earlier = {number: signal.signal(number, handler) for number in heard}
     try:
         yield
     finally:
-        if has_timer:
-            signal.setitimer(signal.ITIMER_REAL, 0)
         for number in heard:
             signal.signal(number, earlier[number])
+        signal.set_wakeup_fd(earlier_in)
+        os.close(numbers_in)  # ends the thread
 
 @contextmanager
 def locked(folder):
@@ -1854,4 +1860,4 @@ def own_share(batches):
     return (batches + [batches[0][:0]] * n_missing)[RANK::WORLD_SIZE]
 
 if __name__ == "__main__":
-    run(main, "; the same command, without --overwrite, continues from the last save")
+    run(main, "; the same command, without --overwrite, continues from the last save, if any")

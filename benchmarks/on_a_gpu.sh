@@ -2,9 +2,11 @@
 # What only a CUDA GPU can show, in about ten minutes and without a network, the most important first.
 #
 #   bash benchmarks/on_a_gpu.sh OUT               on a machine with a GPU
-#   bash benchmarks/on_a_gpu.sh OUT --rehearse    tiny, on a CPU: shows beforehand that every part runs
+#   bash benchmarks/on_a_gpu.sh OUT --rehearse    small, on a CPU, in some 8 minutes: shows beforehand that every part
+#                                                 runs (but the tests, which are skipped); its figures mean nothing
 #
-# Each part has a time limit, and leaves what it prints in a file of the folder OUT; OUT/summary.txt says how each ended.
+# OUT is a folder, made if need be. Each part has a time limit, and leaves what it prints in a file there; summary.txt
+# says how each ended. The exit code is 1 if one failed. Variables of the environment:
 #
 # PYTHON     the interpreter that has PyTorch (default: python3)
 # WHEELS     a folder of wheels to install beside its packages, for what such a machine lacks, as in
@@ -12,8 +14,12 @@
 # TOKENIZER  as for gpt2_tinystories.py (default: bpe:4096); a folder with GPT-2's makes the vocabulary real
 set -uo pipefail
 
-out=$(mkdir -p "${1:?where to write}" && cd "$1" && pwd)
-cd "$(dirname "$0")/.."
+if [ $# = 0 ] || ! mkdir -p "$1"; then
+    echo "usage: bash benchmarks/on_a_gpu.sh OUT [--rehearse]" >&2
+    exit 2
+fi
+out=$(cd "$1" && pwd)
+cd "$(dirname "$0")/.." || exit
 export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD HF_HUB_OFFLINE=1
 python=${PYTHON:-python3}
 tokenizer=${TOKENIZER:-bpe:4096}
