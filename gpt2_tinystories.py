@@ -1472,7 +1472,7 @@ def main(argv=None):
     settings = parse(Settings, __doc__, argv)
     device, precision = pick_device(settings.device, settings.precision)
     if (device, precision) == ("cpu", "bf16"):  # fp32 is slower with huge pages
-        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # heard before the first tensor
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read at the first tensor
     start_processes(device)
     folder, plots = Path(settings.checkpoints), Path(settings.plots)
     with locked(folder), locked(plots):
@@ -1710,7 +1710,7 @@ def run(main, after_interrupt="", after_no_memory=FEWER_TOKENS):
 def interrupt(number):
     raise KeyboardInterrupt(number, "interrupted")
 
-SAME_SIGNAL = 1  # second in which another signal is the same one
+SAME_SIGNAL = 1  # seconds; another signal within them is the same one
 
 @contextmanager
 def on_signals(handle):
@@ -1732,10 +1732,12 @@ def on_signals(handle):
 
     def watch():  # a thread gets the number of each signal at once
         first = math.inf
-        while number := os.read(numbers_out, 1):
-            if time.monotonic() - first > SAME_SIGNAL:
-                os._exit(128 + number[0])
-            first = min(first, time.monotonic())
+        while received := os.read(numbers_out, 1):
+            number, now = received[0], time.monotonic()
+            if number in heard and now - first > SAME_SIGNAL:
+                os._exit(128 + number)
+            if number in heard:
+                first = min(first, now)
         os.close(numbers_out)
 
     numbers_out, numbers_in = os.pipe()

@@ -194,6 +194,23 @@ def test_a_second_signal_ends_the_process_at_once(tmp_path, tiny):
     assert not (tmp_path / "checkpoints" / "last.pt").exists()
 
 
+def test_other_signals_end_nothing(tmp_path, tiny):
+    """Such as those of a terminal whose size changes, for which a library may have a handler."""
+    process = start(tmp_path, tiny, handle_sizes)
+    wait_for(lambda: "a step begins" in read(tmp_path))
+    for _ in range(2):
+        os.kill(process.pid, signal.SIGWINCH)
+        time.sleep(0.3)
+    process.join(60)
+    assert process.exitcode == 0 and read(tmp_path).count("another size") == 2
+
+
+def handle_sizes():
+    signal.signal(signal.SIGWINCH, lambda *_: print("another size", flush=True))
+    slow_steps()
+    project.SAME_SIGNAL = 0
+
+
 def slow_saves():
     """Each is one call in which no handler of Python's is called, as in a large matrix product."""
     torch.save = lambda *_: hashlib.pbkdf2_hmac("sha256", b"a", b"b", 60_000_000)
