@@ -40,6 +40,7 @@ from importlib.util import find_spec
 from itertools import count, islice
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from socket import socketpair
 from threading import Thread
 from typing import Literal, get_args
 from unicodedata import normalize
@@ -1732,26 +1733,26 @@ def on_signals(handle):
 
     def watch():  # a thread gets the number of each signal at once
         first = math.inf
-        while received := os.read(numbers_out, 1):
+        while received := out.recv(1):
             number, now = received[0], time.monotonic()
             if number in heard and now - first > SAME_SIGNAL:
                 os._exit(128 + number)
             if number in heard:
                 first = min(first, now)
-        os.close(numbers_out)
+        out.close()
 
-    numbers_out, numbers_in = os.pipe()
-    os.set_blocking(numbers_in, False)
+    into, out = socketpair()  # which Windows has, too
+    into.setblocking(False)
     Thread(target=watch, daemon=True).start()
-    earlier_in = signal.set_wakeup_fd(numbers_in)
+    earlier_fd = signal.set_wakeup_fd(into.fileno())
     earlier = {number: signal.signal(number, handler) for number in heard}
     try:
         yield
     finally:
         for number in heard:
             signal.signal(number, earlier[number])
-        signal.set_wakeup_fd(earlier_in)
-        os.close(numbers_in)  # ends the thread
+        signal.set_wakeup_fd(earlier_fd)
+        into.close()  # ends the thread
 
 @contextmanager
 def locked(folder):
