@@ -1033,8 +1033,8 @@ def make_learner(model, train_set, settings, autocast, scaler):
             return compiled
 
     try_out(learner)  # shows a mistake or a lack of memory, whatever the compiler makes of them
-    require(not problem or settings.compile == "auto", "compile", "on", f"PyTorch fails: {problem}")
     if problem:
+        require(settings.compile == "auto", "compile", "on", f"PyTorch fails: {problem}")
         say(f"compile    off: {problem}")
     return learner
 
@@ -1733,12 +1733,12 @@ def on_signals(handle):
 
     def watch():  # a thread gets the number of each signal at once
         first = math.inf
-        while received := out.recv(1):
-            number, now = received[0], time.monotonic()
-            if number in heard and now - first > SAME_SIGNAL:
-                os._exit(128 + number)
-            if number in heard:
-                first = min(first, now)
+        for number in iter(lambda: out.recv(1), b""):
+            if number[0] not in heard:
+                continue
+            if time.monotonic() - first > SAME_SIGNAL:
+                os._exit(128 + number[0])
+            first = min(first, time.monotonic())
         out.close()
 
     into, out = socketpair()  # which Windows has, too

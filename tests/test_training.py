@@ -114,6 +114,7 @@ def test_the_compiled_model_has_the_loss_and_gradients_of_the_plain_one(tokenize
     model = make_model(tokenizer, n_layer=1)
     batches = loader_of(encoded, [range(4), range(30, 33), [7], []])
     expected_sums, expected = plain_gradients(model, batches)
+    torch._dynamo.reset()  # what it has learned of other models
     torch._dynamo.utils.counters.clear()
     compiled = project.make_learner(model, encoded, project.Settings(compile="on"), nullcontext(), NO_SCALER)
     lines = capsys.readouterr().out.splitlines()
