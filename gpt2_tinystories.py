@@ -126,6 +126,7 @@ class Settings(Flags):
     seed: int = flag(42, "seed of everything random", *SEED)
     max_steps: int = flag(0, "stop after so many steps; 0: after all epochs", *AT_LEAST_0)
     save_every: float = flag(10.0, "minutes between saves inside an epoch", *AT_LEAST_0)
+    test_points: int = flag(20, "scores of some test stories, for the curve; 0: none", *AT_LEAST_0)
     device: Literal["auto", "cuda", "cpu", "mps"] = flag("auto", "where to compute")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = flag("auto", "format of matrix products")
     compile: Literal["auto", "on", "off"] = flag("auto", "torch.compile; auto: on CUDA if it works")
@@ -144,8 +145,8 @@ NOT_WITH_INIT = {"tokenizer", "n_embd", "n_layer", "n_head", "n_inner", "muon_le
 
 # What may change when a run continues. The stories and the tokenizer are compared themselves, of
 # accum_steps its product with the number of processes.
-MAY_CHANGE = {"data", "tokenizer", "accum_steps", "save_every", "device", "precision", "compile",
-              "checkpoints", "plots", "overwrite", "prompt"}
+MAY_CHANGE = {"data", "tokenizer", "accum_steps", "save_every", "test_points", "device",
+              "precision", "compile", "checkpoints", "plots", "overwrite", "prompt"}
 
 # --- Data: stories, tokenizer, token ids, batches of similar length -----------------------------
 
@@ -154,8 +155,9 @@ NEEDED = ("; it must be a save_to_disk folder, a .txt, .jsonl or .parquet file, 
 SPLIT = re.compile(
     "(?<![a-z])(train|test|valid|val|dev|eval)(?:ing|idation|uation|set|s)?(?![a-z])")
 
-def load_stories(data, cache_dir):
-    """The stories of --data, a datasets.Dataset of a column `text`, and their source's name."""
+def load_stories(data, cache_dir=None):
+    """The stories of --data, a datasets.Dataset of a column `text`, and their source's name. Those
+    of files are kept in cache_dir; None: in memory."""
     from datasets import load_dataset
     if data == "auto":
         data = default_stories(cache_dir)
@@ -229,7 +231,7 @@ def stories_in_files(path, data, cache_dir):
     """The stories of a file or a folder's files, kept in cache_dir under their sizes and times."""
     paths = train_files(path, data) if path.is_dir() else [path]
     stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in paths]
-    cache = Path(cache_dir, f"stories-{digest(repr(stats).encode())}.arrow")
+    cache = cache_dir and Path(cache_dir, f"stories-{digest(repr(stats).encode())}.arrow")
     return arrow_file(cache, {"text": "large_string"}, read_files(paths))
 
 def train_files(folder, data):
@@ -314,22 +316,25 @@ def read_table(path):
             yield from rows.column("text").to_pylist()
 
 def arrow_file(path, schema, columns):
-    """The Dataset in an Arrow file, which is written from columns if it is not there. (Dataset.map
-    would leave a temporary file where a run is killed.)"""
+    """The Dataset in an Arrow file, which is written from columns if it is not there; without a
+    path, in memory. (Dataset.map would leave a temporary file where a run is killed.)"""
     import pyarrow
     from datasets import Dataset
+    schema = pyarrow.schema(schema)
+    batches = (pyarrow.record_batch(some, schema) for some in columns)
+    if not path:
+        return Dataset(pyarrow.Table.from_batches(batches, schema))
     if not path.exists():
-        schema = pyarrow.schema(schema)
         with (whole_or_absent(path) as new, pyarrow.OSFile(str(new), "wb") as sink,
               pyarrow.ipc.new_stream(sink, schema) as writer):
-            for some in columns:
-                writer.write_batch(pyarrow.record_batch(some, schema))
+            for batch in batches:
+                writer.write_batch(batch)
     with reading(path, "; delete it"):
         return Dataset.from_file(str(path))
 
 def clean(text):
-    """A story without white space, byte-order marks and <|endoftext|> at its ends."""
-    previous = None
+    """A story, or None, without white space, byte-order marks and <|endoftext|> at its ends."""
+    previous, text = None, text or ""
     while text != previous:
         previous, text = text, text.strip().strip("\ufeff")
         text = text.removeprefix(END_OF_STORY).removesuffix(END_OF_STORY)
@@ -341,7 +346,7 @@ def split_stories(stories, settings):
     n_chosen = min(len(stories), max(1, round(settings.fraction * len(stories))))
     chosen = stories.select(np.sort(rng.choice(len(stories), n_chosen, replace=False)))
 
-    texts = (clean(text or "") for rows in chosen.iter(100) for text in rows["text"])
+    texts = (clean(text) for rows in chosen.iter(100) for text in rows["text"])
     hashes = (int(digest(text.encode()), 16) if text else 0 for text in texts)
     try:
         hashes = np.fromiter(hashes, np.uint64, n_chosen)
@@ -463,16 +468,31 @@ def vocab_size_of(tokenizer):
     return max(tokenizer.get_vocab().values()) + 1  # there may be holes
 
 def encode(tokenizer, texts, add_special_tokens=False):
-    """Token ids of texts. A written <|endoftext|> is plain characters, not the end of a story."""
+    """Token ids of texts."""
+    return tokenize(tokenizer, texts, add_special_tokens)["input_ids"]
+
+def tokenize(tokenizer, texts, add_special_tokens=False):
+    """A BatchEncoding. A written <|endoftext|> is plain characters, not the end of a story."""
     options = {"add_special_tokens": add_special_tokens, "split_special_tokens": True}
-    return tokenizer(texts, verbose=False, **options)["input_ids"]
+    return tokenizer(texts, verbose=False, **options)
 
-# ids: a memory-mapped Arrow column; lengths: the targets of each story, its ids but the first;
-# n_cut: how many stories were longer.
-Tokens = namedtuple("Tokens", "ids lengths n_cut")
+def bytes_of_targets(text, encoding, n_ids, tokenizer):
+    """The number of UTF-8 bytes that the first n_ids tokens of a text stand for, without the very
+    first, which is no target."""
+    from tokenizers.decoders import ByteLevel
+    if isinstance(tokenizer.backend_tokenizer.decoder, ByteLevel):  # a character for each byte
+        return sum(map(len, encoding.tokens[1:n_ids]))
 
-def encode_stories(stories, tokenizer, n_positions, path):
-    """The Tokens of stories, ids and <|endoftext|>, n_positions + 1 at most, kept in a file."""
+    ends = [end for _, end in encoding.offsets[:n_ids]]
+    return len(text[ends[0] : ends[-1]].encode())
+
+# ids: an Arrow column, memory-mapped; lengths: the targets of each story, its ids but the first;
+# n_bytes: the UTF-8 bytes of text that these stand for; n_cut: how many stories were longer.
+Tokens = namedtuple("Tokens", "ids lengths n_bytes n_cut")
+
+def encode_stories(stories, tokenizer, n_positions, path=None):
+    """The Tokens of stories, ids and <|endoftext|>, n_positions + 1 at most, kept in a file or, if
+    path is None, in memory."""
     import pyarrow
     end, n_ids = tokenizer.eos_token_id, n_positions + 1
 
@@ -481,15 +501,19 @@ def encode_stories(stories, tokenizer, n_positions, path):
         n_characters = max(10_000, n_ids * max(map(len, tokenizer.get_vocab())))
         for rows in tqdm(stories.iter(100), "tokenising", -(-len(stories) // 100)):
             texts = [clean(text)[:n_characters] for text in rows["text"]]
-            encoded = [ids + [end] for ids in encode(tokenizer, texts) if ids]
-            is_cut = [len(ids) > n_ids for ids in encoded]
-            yield {"ids": [ids[:n_ids] for ids in encoded], "is_cut": is_cut}
+            pairs = zip(texts, tokenize(tokenizer, texts).encodings, strict=True)
+            pairs = [(text, encoding) for text, encoding in pairs if encoding.ids]
+            yield {"ids": [(encoding.ids + [end])[:n_ids] for _, encoding in pairs],
+                   "n_bytes": [bytes_of_targets(*pair, n_ids, tokenizer) for pair in pairs],
+                   "is_cut": [len(encoding.ids) >= n_ids for _, encoding in pairs]}
 
     id_type = pyarrow.uint16() if vocab_size_of(tokenizer) <= 1 << 16 else pyarrow.int32()
-    table = arrow_file(path, {"ids": pyarrow.list_(id_type), "is_cut": "bool"}, columns()).data
+    schema = {"ids": pyarrow.list_(id_type), "n_bytes": pyarrow.int32(), "is_cut": pyarrow.bool_()}
+    table = arrow_file(path, schema, columns()).data
     ids = table.column("ids")
     lengths = np.concatenate([np.diff(chunk.offsets) - 1 for chunk in ids.chunks])
-    return Tokens(ids, lengths, int(np.sum(table.column("is_cut"))))
+    n_bytes = table.column("n_bytes").to_numpy()
+    return Tokens(ids, lengths, n_bytes, int(np.sum(table.column("is_cut"))))
 
 def prepare_data(settings, data, tokenizer=None):
     """(train_set, test_set, tokenizer, counts): the Tokens of the stories that data names, by the
@@ -508,7 +532,7 @@ def prepare_data(settings, data, tokenizer=None):
 
     text = f"{tokenizer.eos_token_id} {tokenizer.backend_tokenizer.to_str()}"
     counts |= {"source": source, "tokenizer": digest(text.encode())}
-    key = f"{counts['fingerprint']}-{counts['tokenizer']}-{n_positions}.arrow"
+    key = f"tokens-{counts['fingerprint']}-{counts['tokenizer']}-{n_positions}.arrow"
     what = f"--init {settings.init}" if settings.init else f"--tokenizer {settings.tokenizer}"
     texts = [settings.prompt, *some_texts(train_stories)]
     check_tokenizer(tokenizer, texts, what)
@@ -557,6 +581,15 @@ def pad_batch(stories):
 def make_loader(ids, batches):
     """A loader of (input_ids, targets) for batches of story numbers."""
     return torch.utils.data.DataLoader(ids, batch_sampler=batches, collate_fn=pad_batch)
+
+def make_test_loader(tokens, batch_size=8, n_stories=None):
+    """A loader of the Tokens of all stories, or of n_stories at even distances, once; of several
+    processes, each gets its share."""
+    n_all = len(tokens.lengths)
+    chosen = np.linspace(0, n_all - 1, min(n_stories or n_all, n_all), dtype=int)
+
+    batches = epoch_batches(tokens.lengths[chosen], batch_size, seed=0, epoch=0)
+    return make_loader(tokens.ids, own_share([chosen[batch] for batch in batches]))
 
 def to_device(batch, device):
     """A batch on a device. CUDA fetches it from pinned memory while the CPU continues, which other
@@ -905,13 +938,13 @@ def orthogonalize(x, dtype):
 # --- Training -----------------------------------------------------------------------------------
 
 # The columns of metrics, which has a row for each optimizer step: sums over its tokens, in all
-# processes; the norm of its gradient; its seconds.
-COLUMNS = range(5)
-LOSS, N_CORRECT, N_TOKENS, NORM, SECONDS = COLUMNS
+# processes; the norm of its gradient; its learning rate and seconds; the loss and accuracy on some
+# test stories after it, 0 where they are not scored.
+COLUMNS = range(8)
+LOSS, N_CORRECT, N_TOKENS, NORM, RATE, SECONDS, TEST_LOSS, TEST_ACCURACY = COLUMNS
 
 def train(model, train_set, test_set, settings, record, precision):
-    """Train to the last step, from last.pt if the record is of a run that continues. record: what
-    training.json is to hold, with the epochs that are done."""
+    """Train to the last step. record: what training.json is to hold, with the epochs so far."""
     device, n_steps = model.device, record["n_steps"]
     autocast = torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
@@ -921,45 +954,47 @@ def train(model, train_set, test_set, settings, record, precision):
     if record["step"]:
         restore(state, metrics, record)
 
-    test_batches = epoch_batches(test_set.lengths, settings.batch_size, settings.seed, 0)
-    test_loader = make_loader(test_set.ids, own_share(test_batches))
+    part_of_test, scored_steps = choose_part_of_test(test_set, settings, record)
     learner = make_learner(model, train_set, settings, autocast, scaler)
     clear_folders(settings, record)
-    batches_of_steps = step_batches(
-        train_set.lengths, settings, record["steps_per_epoch"], record["step"])
-    say_what_is_trained(record, device, precision)
+    windows = step_batches(train_set.lengths, settings, record["steps_per_epoch"], record["step"])
 
     signals, last_save = [], time.monotonic()
     with progress_bar(record) as bar, on_signals(signals.append):
         if record["step"] == end_of_epoch(record):  # it was interrupted before its evaluation
-            finish_epoch(model, test_loader, settings, record, state, metrics)
+            finish_epoch(model, test_set, settings, record, state, metrics)
 
         for step in range(record["step"], n_steps):
             step_began = time.monotonic()
             # Dropout depends on the step and the process alone.
             torch.manual_seed((settings.seed * 1_000_003 + step) * WORLD_SIZE + RANK)
+            share = schedule(step, n_steps, settings.warmup_steps)
             for group in groups_of(optimizers):
-                group["lr"] = group["peak_lr"] * schedule(step, n_steps, settings.warmup_steps)
+                group["lr"] = group["peak_lr"] * share
 
-            world_batches = next(batches_of_steps)  # those of all processes
+            world_batches = next(windows)  # those of all processes
             n_tokens = sum(int(train_set.lengths[batch].sum()) for batch in world_batches)
             batches = make_loader(train_set.ids, own_share(world_batches))
             sums = all_reduce_sum(backward(learner, batches, n_tokens, autocast, scaler))
             norm = update(model, optimizers, settings.grad_clip, scaler)
             metrics[step, LOSS], metrics[step, N_CORRECT] = sums
             metrics[step, N_TOKENS], metrics[step, NORM] = n_tokens, norm
+            metrics[step, RATE] = settings.learning_rate * share
 
-            ended = step + 1 == end_of_epoch(record)
-            stop = due = False
+            ended, scored = step + 1 == end_of_epoch(record), step in scored_steps
+            is_time = step_began - last_save > 60 * settings.save_every
             # Several GPUs would wait for each other: they ask only now and then.
-            if WORLD_SIZE == 1 or device.type == "cpu" or ended or step % 10 == 0:
-                is_time = step_began - last_save > 60 * settings.save_every
-                stop, due = any_process(bool(signals), is_time)
-            if ended or stop or due or step % 10 == 0:
+            is_asked = WORLD_SIZE == 1 or device.type == "cpu" or ended or step % 10 == 0
+            stop, due = any_process(bool(signals), is_time) if is_asked else (False, False)
+            if ended or scored or stop or due or step % 10 == 0:
                 check_finite(metrics[: step + 1], record)  # waits for the device
             metrics[step, SECONDS] = time.monotonic() - step_began
             show_step(bar, step, metrics)
 
+            if scored:
+                with autocast:
+                    scores = evaluate(model, part_of_test)
+                metrics[step, TEST_LOSS], metrics[step, TEST_ACCURACY] = scores
             if ended or stop or due:  # before an evaluation: a crash in that costs no training
                 save_last(step + 1, settings, record, state, metrics)
                 last_save = time.monotonic()
@@ -967,7 +1002,7 @@ def train(model, train_set, test_set, settings, record, precision):
                 number = max(signals, default=signal.SIGTERM)  # another process may have got it
                 raise KeyboardInterrupt(number, f"saved after step {step + 1:,} of {n_steps:,}")
             if ended:
-                finish_epoch(model, test_loader, settings, record, state, metrics)
+                finish_epoch(model, test_set, settings, record, state, metrics)
 
 def backward(learner, batches, n_tokens, autocast, scaler):
     """Add up the gradients of the mean loss over n_tokens, the real tokens of all processes, so
@@ -1038,6 +1073,17 @@ def make_learner(model, train_set, settings, autocast, scaler):
         say(f"compile    off: {problem}")
     return learner
 
+def choose_part_of_test(test_set, settings, record):
+    """(loader, steps): the test stories that are scored inside the epochs, and after which steps.
+    20 times, without a backward pass, they cost about a hundredth of the run's time."""
+    n_steps = record["n_steps"]
+    n_trained = record["data"]["train_stories"] * n_steps / record["steps_per_epoch"]
+    n_stories = min(256, max(16, round(0.0015 * n_trained)))
+    every = max(10, math.ceil(n_steps / max(1, settings.test_points)))
+    steps = range(every - 1, n_steps, every) if settings.test_points else ()
+
+    return make_test_loader(test_set, settings.batch_size, n_stories), steps
+
 def end_of_epoch(record):
     """The step at which the present epoch ends."""
     return min((len(record["epochs"]) + 1) * record["steps_per_epoch"], record["n_steps"])
@@ -1059,16 +1105,15 @@ def show_step(bar, step, metrics):
         loss, speed = sums[LOSS] / sums[N_TOKENS], sums[N_TOKENS] / sums[SECONDS]
         bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
 
-def finish_epoch(model, test_loader, settings, record, state, metrics):
+def finish_epoch(model, test_set, settings, record, state, metrics):
     """Evaluate, and save: the model before all else."""
     epoch, step = len(record["epochs"]) + 1, end_of_epoch(record)
-    test_loss, test_accuracy = evaluate(model, test_loader)  # in fp32 or, on CUDA, TF32
+    scores = score(model, test_set, settings.batch_size)  # in fp32 or, on CUDA, TF32
     metrics_so_far = metrics[:step].cpu().double().numpy()
     sums = metrics_so_far[(epoch - 1) * record["steps_per_epoch"] :].sum(0).tolist()
     record["epochs"].append({
         "epoch": epoch, "step": step, "train_loss": sums[LOSS] / sums[N_TOKENS],
-        "train_accuracy": sums[N_CORRECT] / sums[N_TOKENS], "test_loss": test_loss,
-        "test_perplexity": float(np.exp(test_loss)), "test_accuracy": test_accuracy,
+        "train_accuracy": sums[N_CORRECT] / sums[N_TOKENS], **scores,
         "tokens": int(sums[N_TOKENS]), "seconds": sums[SECONDS]})
 
     folder = Path(settings.checkpoints, f"epoch_{epoch}")
@@ -1076,8 +1121,9 @@ def finish_epoch(model, test_loader, settings, record, state, metrics):
         save_checkpoint(folder, model, record)
     save_last(step, settings, record, state, metrics)
     say("epoch {epoch}/{0}  train loss {train_loss:.3f}, accuracy {train_accuracy:.1%}  test loss "
-        "{test_loss:.3f}, accuracy {test_accuracy:.1%}, perplexity {test_perplexity:.2f}  "
-        "{seconds:,.0f} s".format(settings.epochs, **record["epochs"][-1]))
+        "{test_loss:.3f}, accuracy {test_accuracy:.1%}, perplexity {test_perplexity:.2f}, "
+        "{test_bits_per_byte:.3f} bits per byte  {seconds:,.0f} s"
+        .format(settings.epochs, **record["epochs"][-1]))
 
     if RANK == 0:
         try:
@@ -1100,6 +1146,15 @@ def evaluate(model, loader):
             sums = sums + torch.stack((*model(input_ids, targets), n_tokens)).cpu().double()
     loss, n_correct, n_tokens = all_reduce_sum(sums).tolist()
     return loss / n_tokens, n_correct / n_tokens
+
+def score(model, tokens, batch_size=8):
+    """The figures of a model on the stories of Tokens, as an epoch's record has them. Bits per byte
+    of text compare models with different tokenizers, on the same stories."""
+    loss, accuracy = evaluate(model, make_test_loader(tokens, batch_size))
+    n_bits = loss / math.log(2) * tokens.lengths.sum()
+    n_bytes = tokens.n_bytes.sum()
+    return {"test_loss": loss, "test_perplexity": float(np.exp(loss)), "test_accuracy": accuracy,
+            "test_bits_per_byte": float(n_bits / n_bytes) if n_bytes else math.inf}
 
 def compute_perplexity(model, test_loader):
     """exp of the mean cross-entropy of a token, whatever the batch size."""
@@ -1344,15 +1399,14 @@ def restore(state, metrics, record):
     optimizers = {name: part for name, part in state.items()
                   if isinstance(part, torch.optim.Optimizer)}
     constants = [dict(group) for group in groups_of(optimizers)]
-    for name, part in state.items():
-        try:
+    try:
+        metrics[: record["step"]] = last["metrics"]
+        for name, part in state.items():
             part.load_state_dict(last[name] or part.state_dict())  # of a scaler not used it is {}
-        except (KeyError, ValueError, RuntimeError) as error:  # of another model
-            raise InputError(f"{folder}/last.pt: cannot be read: {error}{OVERWRITE}") from error
+    except (KeyError, ValueError, RuntimeError) as error:  # of another model, or version
+        raise InputError(f"{folder}/last.pt: cannot be read: {error}{OVERWRITE}") from error
     for group, values in zip(groups_of(optimizers), constants, strict=True):
         group.update(values, lr=group["lr"])
-
-    metrics[: record["step"]] = last["metrics"]
 
 def saved_epochs(folder):
     """The folders of a run's epochs, in their order."""
@@ -1419,53 +1473,110 @@ def remove(path):
 # --- Plots --------------------------------------------------------------------------------------
 
 def write_plots(folder, record, metrics):
-    """training_metrics.csv and .png, of a run's epochs and of some 100 points of its metrics."""
-    starts = np.arange(0, len(metrics), math.ceil(record["n_steps"] / 100))
-    ends, sums = np.append(starts[1:], len(metrics)), np.add.reduceat(metrics, starts)
-    curve = sums[:, LOSS] / sums[:, N_TOKENS]
-    epochs = record["epochs"]
+    """training_metrics.csv and .png, from a run's epochs and the metrics of its steps so far."""
+    points = curve_points(record, metrics)
     with (whole_or_absent(folder / "training_metrics.csv") as path,
           open(path, "w", encoding="utf-8", newline="") as file):
-        writer = csv.DictWriter(file, list(epochs[0]))
-        writer.writeheader()
-        # Rows of points inside epochs, of two columns, and then those of epochs.
-        points = zip(ends.tolist(), curve.tolist(), strict=True)
-        writer.writerows({"step": step, "train_loss": loss} for step, loss in points)
-        writer.writerows(epochs)
+        writer = csv.writer(file)
+        writer.writerow(points[0])
+        for point in points:
+            writer.writerow(f"{value:.7g}" if isinstance(value, float) else value
+                            for value in point.values())
 
     os.environ.pop("MPLBACKEND", None)  # none is needed, and this one may be missing
     import matplotlib.style
     with matplotlib.style.context("default"):  # whatever the user's settings are
-        figure = draw(record, ends, curve)
+        figure = draw(record, points)
         with whole_or_absent(folder / "training_metrics.png") as path:
             figure.savefig(path, format="png", dpi=120)
 
-def draw(record, ends, curve):
-    """The figure of a run: its epochs, and the training loss before each of ends."""
-    from matplotlib.figure import Figure
-    from matplotlib.font_manager import findfont, get_font
-    figure, epochs = Figure(figsize=(15, 4.5), layout="constrained"), record["epochs"]
-    letters = get_font(findfont("DejaVu Sans")).get_charmap()
-    is_drawable = all(ord(letter) in letters for letter in record["data"]["source"])
-    title = "{0:.3g} M parameters, {train_stories:,} training stories"
-    title += " from {source:.80}" if is_drawable else ""
-    title = title.format(record["parameters"] / 1e6, **record["data"])
-    figure.suptitle(title, parse_math=False)
-    steps = [epoch["step"] for epoch in epochs]
-    loss, accuracy, perplexity = figure.subplots(1, 3, sharex=True)
-    loss.plot(ends, curve, color="C0", label="training")
-    train_accuracy = [epoch["train_accuracy"] for epoch in epochs]
-    accuracy.plot(steps, train_accuracy, "o-", color="C0", label="training")
+def curve_points(record, metrics):
+    """The rows of training_metrics.csv, dicts: of some 200 steps, of the last ones of epochs, and
+    of those with scores of test stories. The training's figures are means over the ten steps up to
+    this one, or over more in a long run. Those that are not there are None."""
+    every = math.ceil(record["n_steps"] / 200)
+    epochs = {epoch["step"]: epoch for epoch in record["epochs"]}
+    scored = (np.flatnonzero(metrics[:, TEST_LOSS]) + 1).tolist()
+    so_far = metrics.cumsum(0)
 
-    for axes, key, unit in ((loss, "loss", "cross-entropy, nats a token"),
-                            (accuracy, "accuracy", "share of next tokens guessed right"),
-                            (perplexity, "perplexity", "test perplexity")):
-        tested = [epoch[f"test_{key}"] for epoch in epochs]
-        axes.plot(steps, tested, "o-", color="C1", label=f"test, now {tested[-1]:.3g}")
-        axes.set(title=key.capitalize(), xlabel="optimizer step", ylabel=unit)
-        axes.grid(alpha=0.3)
-        axes.legend()
+    points = []
+    for step in sorted({*range(every, len(metrics) + 1, every), *scored, *epochs}):
+        now, some = metrics[step - 1], metrics[max(0, step - max(10, every)) : step]
+        sums, scores = some.sum(0), epochs.get(step, {})
+        points.append({
+            "step": step,
+            "epoch": math.ceil(step / record["steps_per_epoch"]),
+            "tokens": int(so_far[step - 1, N_TOKENS]),
+            "minutes": so_far[step - 1, SECONDS] / 60,
+            "train_loss": sums[LOSS] / sums[N_TOKENS],
+            "train_accuracy": sums[N_CORRECT] / sums[N_TOKENS],
+            "grad_norm": sums[NORM] / len(some),
+            "learning_rate": now[RATE],
+            "tokens_per_second": sums[N_TOKENS] / sums[SECONDS],
+            "test_part_loss": now[TEST_LOSS] if step in scored else None,
+            "test_part_accuracy": now[TEST_ACCURACY] if step in scored else None,
+            "test_loss": scores.get("test_loss"),
+            "test_accuracy": scores.get("test_accuracy"),
+            "test_perplexity": scores.get("test_perplexity"),
+            "test_bits_per_byte": scores.get("test_bits_per_byte"),
+            "grad_norm_max": some[:, NORM].max(),
+        })
+    return points
+
+def draw(record, points):
+    """The figure of a run: four panels of curves through its points."""
+    from matplotlib.figure import Figure
+    figure, last = Figure(figsize=(10, 7.5), layout="constrained"), record["epochs"][-1]
+    figure.suptitle(title(record), parse_math=False)
+    (loss, accuracy), (perplexity, norm) = figure.subplots(2, 2)
+
+    columns = {name: np.array([point[name] for point in points], float) for name in points[0]}
+    columns["test_part_perplexity"] = np.exp(columns["test_part_loss"])
+    norm.axhline(record["settings"]["grad_clip"], color="grey", linewidth=1, label="most, clipped")
+    rate = norm.twinx()
+    rate.plot(columns["step"], columns["learning_rate"], "C3", linewidth=1)
+    rate.set_ylabel("learning rate", color="C3")
+    rate.ticklabel_format(scilimits=(-2, 3))
+
+    draw_panel(loss, "Loss", "cross-entropy, nats a token", columns,
+               train_loss=("C0", "training"),
+               test_part_loss=("C1", "some test stories"),
+               test_loss=("C1o", f"all test stories, now {last['test_loss']:.3g}"))
+    draw_panel(accuracy, "Accuracy", "share of next tokens guessed right", columns,
+               train_accuracy=("C0", "training"),
+               test_part_accuracy=("C1", "some test stories"),
+               test_accuracy=("C1o", f"all test stories, now {last['test_accuracy']:.1%}"))
+    draw_panel(perplexity, "Perplexity", "exp of the test loss", columns,
+               test_part_perplexity=("C1", "some test stories"),
+               test_perplexity=("C1o", f"all test stories, now {last['test_perplexity']:.2f},\n"
+                                       f"or {last['test_bits_per_byte']:.3f} bits per byte"))
+    draw_panel(norm, "Gradient and learning rate", "norm of the gradient", columns,
+               grad_norm_max=("C2:", "largest"),
+               grad_norm=("C2", "mean"))
     return figure
+
+def draw_panel(axes, title, unit, columns, **curves):
+    """Draw columns, by name, where they have figures: each with its (style, label)."""
+    for name, (style, label) in curves.items():
+        is_there = np.isfinite(columns[name])
+        steps, values = columns["step"][is_there], columns[name][is_there]
+        axes.plot(steps, values, style, linewidth=1, markersize=4, label=label)
+
+    axes.set(title=title, xlabel="optimizer step", ylabel=unit)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    low, high = axes.dataLim.intervaly
+    if high > max(1, 4 * low) and low > 0:
+        axes.set_yscale("log", base=2)
+        axes.yaxis.set_major_formatter("{x:g}")
+
+def title(record):
+    from matplotlib.font_manager import findfont, get_font
+    text = "{0:.3g} M parameters, {train_stories:,} training stories"
+    letters = get_font(findfont("DejaVu Sans")).get_charmap()
+    if all(ord(letter) in letters for letter in record["data"]["source"]):
+        text += " from {source:.80}"
+    return text.format(record["parameters"] / 1e6, **record["data"])
 
 # --- Main ---------------------------------------------------------------------------------------
 
@@ -1502,6 +1613,7 @@ def main(argv=None):
         model.load_state_dict(transposed(to_gpt2(model).state_dict()))
         model = base or fold_unused_tokens(model, train_set, test_set)
 
+        say_what_is_trained(record, device, precision)
         train(model.to(device), train_set, test_set, settings, record, precision)
         say(result(record))
 

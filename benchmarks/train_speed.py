@@ -101,7 +101,7 @@ def peak_memory(device):
 def settings_of(options, name="trainer"):
     # All stories and no saves inside an epoch: a block holds nothing but steps.
     return (f"--data {options.data} --tokenizer {options.tokenizer} --fraction 1 "
-            f"--save-every 1e6 --n-inner 3072 --epochs 1000 --device "
+            f"--save-every 1e6 --test-points 0 --n-inner 3072 --epochs 1000 --device "
             f"{options.device} --batch-size {options.batch_size} --accum-steps {options.accum_steps} --precision "
             f"{options.precision} --compile {options.compile} --checkpoints {options.folder}/{name} --plots "
             f"{options.folder}/{name}").split()

@@ -141,10 +141,15 @@ def read_run(folder="checkpoints", epoch=2):
     return project.load_checkpoint(Path(folder, f"epoch_{epoch}")), record
 
 
-def read_curve(folder):
-    """[step, training loss] of the points of the curve, from the CSV file beside the plots."""
+def read_points(folder):
+    """The points of the curves, from the CSV file beside the plots, but for how long they took."""
     with open(folder / "plots" / "training_metrics.csv", encoding="utf-8", newline="") as file:
-        return [[int(row["step"]), float(row["train_loss"])] for row in csv.DictReader(file) if not row["epoch"]]
+        return [row | {"minutes": "", "tokens_per_second": ""} for row in csv.DictReader(file)]
+
+
+def read_curve(folder):
+    """[step, training loss] of the points."""
+    return [[int(row["step"]), float(row["train_loss"])] for row in read_points(folder)]
 
 
 def same_runs(one, two, epoch=2):
@@ -153,6 +158,6 @@ def same_runs(one, two, epoch=2):
     weights = unbroken_model.state_dict()
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, weights[name]), name
-    assert read_curve(one) == read_curve(two)
+    assert read_points(one) == read_points(two)
     for figures, unbroken_figures in zip(record["epochs"], unbroken["epochs"], strict=True):
         assert figures | {"seconds": 0} == unbroken_figures | {"seconds": 0}

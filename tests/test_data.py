@@ -178,7 +178,7 @@ def test_the_fingerprint_knows_every_story():
 
 
 def test_a_story_is_its_tokens_and_the_end_cut_to_the_context(texts, tokenizer, encoded):
-    ids, lengths, n_cut = encoded
+    ids, lengths, _, n_cut = encoded
     whole = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text in texts]
     assert [story.as_py() for story in ids] == [story[:65] for story in whole]
     assert lengths.tolist() == [min(len(story), 65) - 1 for story in whole]
@@ -187,10 +187,13 @@ def test_a_story_is_its_tokens_and_the_end_cut_to_the_context(texts, tokenizer, 
 
 
 def test_stories_are_tokenised_once(stories, tokenizer, tmp_path, monkeypatch):
-    first, lengths, n_cut = project.encode_stories(stories, tokenizer, 64, tmp_path / "tokens.arrow")
-    monkeypatch.setattr(project, "encode", lambda *_: pytest.fail("tokenised again"))
-    again, lengths_again, n_cut_again = project.encode_stories(stories, tokenizer, 64, tmp_path / "tokens.arrow")
-    assert again.equals(first) and n_cut_again == n_cut and np.array_equal(lengths, lengths_again)
+    first = project.encode_stories(stories, tokenizer, 64, tmp_path / "tokens.arrow")
+    in_memory = project.encode_stories(stories, tokenizer, 64)
+    monkeypatch.setattr(project, "tokenize", lambda *_: pytest.fail("tokenised again"))
+    again = project.encode_stories(stories, tokenizer, 64, tmp_path / "tokens.arrow")
+    for each in (again, in_memory):
+        assert each.ids.equals(first.ids) and each.n_cut == first.n_cut
+        assert np.array_equal(each.lengths, first.lengths) and np.array_equal(each.n_bytes, first.n_bytes)
 
 
 def test_the_end_of_text_inside_a_story_is_plain_text(tokenizer):

@@ -212,17 +212,17 @@ def test_a_checkpoint_without_its_tokenizer_says_what_is_missing(finished, tmp_p
 
 
 def test_of_a_very_long_story_no_more_is_tokenised_than_is_kept(tokenizer, tmp_path, monkeypatch):
-    encode, longest = project.encode, []
+    tokenize, longest = project.tokenize, []
     whole = [" ".join(STORIES * n) for n in (40, 1, 80)] + ["A cat."]
-    expected = [ids + [tokenizer.eos_token_id] for ids in encode(tokenizer, whole)]
+    expected = [ids + [tokenizer.eos_token_id] for ids in project.encode(tokenizer, whole)]
 
     def noted(tokenizer, texts):
         longest.append(max(map(len, texts)))
-        return encode(tokenizer, texts)
+        return tokenize(tokenizer, texts)
 
-    monkeypatch.setattr(project, "encode", noted)
+    monkeypatch.setattr(project, "tokenize", noted)
     stories = datasets.Dataset.from_dict({"text": whole})
-    ids, lengths, n_cut = project.encode_stories(stories, tokenizer, 64, tmp_path / "tokens.arrow")
+    ids, _, _, n_cut = project.encode_stories(stories, tokenizer, 64, tmp_path / "tokens.arrow")
     assert max(longest) == 10_000 < len(whole[1])
     assert [story.as_py() for story in ids] == [story[:65] for story in expected]
     assert n_cut == sum(len(story) > 65 for story in expected) == 3
@@ -283,9 +283,10 @@ def test_no_backend_of_matplotlib_that_the_environment_names_stops_a_plot(backen
     code = (
         "import numpy, pathlib, gpt2_tinystories as project\n"
         "epoch = {'epoch': 1, 'step': 2, 'tokens': 9} | {f'{part}_{name}': 0.5 for part in ('train', 'test')"
-        " for name in ('loss', 'accuracy', 'perplexity')}\n"
-        "record = {'n_steps': 2, 'parameters': 1, 'epochs': [epoch], 'data': {'train_stories': 1, 'source': 's'}}\n"
-        "project.write_plots(pathlib.Path('plots'), record, numpy.ones((2, 5)))\n"
+        " for name in ('loss', 'accuracy', 'perplexity', 'bits_per_byte')}\n"
+        "record = {'n_steps': 2, 'steps_per_epoch': 2, 'parameters': 1, 'epochs': [epoch]}\n"
+        "record |= {'data': {'train_stories': 1, 'source': 's'}, 'settings': {'grad_clip': 1}}\n"
+        "project.write_plots(pathlib.Path('plots'), record, numpy.ones((2, len(project.COLUMNS))))\n"
     )
     environment = os.environ | {"MPLBACKEND": backend, "PYTHONPATH": str(Path(project.__file__).parent)}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)

@@ -148,7 +148,7 @@ def test_rows_that_differ_are_not_folded(model, tmp_path):
 def test_the_tokens_of_the_stories_have_rows_of_their_own(n_used, n_rows, tmp_path):
     used = np.random.default_rng(0).permutation(V)[:n_used]
     column = datasets.Dataset.from_dict({"ids": [used[::2], used[1::2], used[:3]]}).data.column("ids")
-    parts = [project.Tokens(column.slice(0, 1), None, 0), project.Tokens(column.slice(1), None, 0)]
+    parts = [project.Tokens(column.slice(0, 1), None, None, 0), project.Tokens(column.slice(1), None, None, 0)]
     model = project.fold_unused_tokens(project.GPT(make_config(FakeTokenizer())), *parts)
     counts = model.token_to_row.bincount()
     assert len(model.token_to_row) == V and len(counts) == n_rows and set(counts[:-1].tolist()) <= {1}

@@ -28,7 +28,8 @@ def test_ten_percent_of_the_stories_become_batches(stories, tmp_path):
     tokenizer = project.load_tokenizer(str(TOKENIZER))
     train, test, counts = project.split_stories(stories, settings)
     assert len(train) + len(test) + counts["duplicates"] + counts["empty"] == round(0.1 * len(stories))
-    ids, lengths, n_cut = project.encode_stories(train, tokenizer, settings.n_positions, tmp_path / "tokens.arrow")
+    tokens = project.encode_stories(train, tokenizer, settings.n_positions, tmp_path / "tokens.arrow")
+    ids, lengths, n_bytes, n_cut = tokens
     theirs = AutoTokenizer.from_pretrained(TOKENIZER)
     n_long = 0
     for first in range(0, len(train), 1000):
@@ -36,6 +37,9 @@ def test_ten_percent_of_the_stories_become_batches(stories, tmp_path):
         for i, expected in enumerate(theirs(texts)["input_ids"], first):
             if i % 50 == 0:
                 assert ids[i].as_py() == [*expected, 50256][:257]
+                kept = theirs.decode(expected[:257])
+                if "\ufffd" not in kept:  # the half of a character that was cut
+                    assert n_bytes[i] == len(kept.encode()) - len(theirs.convert_ids_to_tokens(expected[0]))
             n_long += len(expected) + 1 > 257
     assert n_cut == n_long and 0 < n_cut < len(train) / 4
     batches = project.epoch_batches(lengths, 8, 42, 1)

@@ -176,14 +176,21 @@ def record(monkeypatch):
     monkeypatch.setattr(Figure, "savefig", draw)
     epoch = {"epoch": 1, "step": 2, "tokens": 9}
     epoch |= {f"{part}_{name}": 0.5 for part in ("train", "test") for name in ("loss", "accuracy", "perplexity")}
-    return {"n_steps": 2, "parameters": 1, "epochs": [epoch], "data": {"train_stories": 1, "source": "s"}}
+    return {
+        "n_steps": 2,
+        "steps_per_epoch": 2,
+        "parameters": 1,
+        "settings": {"grad_clip": 1.0},
+        "data": {"train_stories": 1, "source": "s"},
+        "epochs": [epoch | {"test_bits_per_byte": 0.5}],
+    }
 
 
 def picture(record, folder, source="s"):
     import numpy as np
 
     record["data"]["source"] = source
-    project.write_plots(folder, record, np.ones((2, 5)))
+    project.write_plots(folder, record, np.ones((2, len(project.COLUMNS))))
     return (folder / "training_metrics.png").read_bytes()
 
 
