@@ -586,8 +586,7 @@ def make_test_loader(tokens, batch_size=8, n_stories=None):
     """A loader of the Tokens of all stories, or of n_stories at even distances, once; of several
     processes, each gets its share."""
     n_all = len(tokens.lengths)
-    chosen = np.linspace(0, n_all - 1, min(n_stories or n_all, n_all), dtype=int)
-
+    chosen = np.linspace(0, n_all - 1, n_stories or n_all, dtype=int)
     batches = epoch_batches(tokens.lengths[chosen], batch_size, seed=0, epoch=0)
     return make_loader(tokens.ids, own_share([chosen[batch] for batch in batches]))
 
@@ -1074,15 +1073,11 @@ def make_learner(model, train_set, settings, autocast, scaler):
     return learner
 
 def choose_part_of_test(test_set, settings, record):
-    """(loader, steps): the test stories that are scored inside the epochs, and after which steps.
-    20 times, without a backward pass, they cost about a hundredth of the run's time."""
+    """(loader, steps): the test stories that are scored inside epochs, and after which steps."""
     n_steps = record["n_steps"]
-    n_trained = record["data"]["train_stories"] * n_steps / record["steps_per_epoch"]
-    n_stories = min(256, max(16, round(0.0015 * n_trained)))
     every = max(10, math.ceil(n_steps / max(1, settings.test_points)))
     steps = range(every - 1, n_steps, every) if settings.test_points else ()
-
-    return make_test_loader(test_set, settings.batch_size, n_stories), steps
+    return make_test_loader(test_set, settings.batch_size, record["test_part_stories"]), steps
 
 def end_of_epoch(record):
     """The step at which the present epoch ends."""
@@ -1527,28 +1522,31 @@ def draw(record, points):
     """The figure of a run: four panels of curves through its points."""
     from matplotlib.figure import Figure
     figure, last = Figure(figsize=(10, 7.5), layout="constrained"), record["epochs"][-1]
-    figure.suptitle(title(record), parse_math=False)
+    figure.suptitle(title_of(record), parse_math=False)
     (loss, accuracy), (perplexity, norm) = figure.subplots(2, 2)
-
     columns = {name: np.array([point[name] for point in points], float) for name in points[0]}
     columns["test_part_perplexity"] = np.exp(columns["test_part_loss"])
-    norm.axhline(record["settings"]["grad_clip"], color="grey", linewidth=1, label="most, clipped")
+
+    some = f"{record['test_part_stories']} test stories"
+    all_now = f"all {record['data']['test_stories']:,}, now"
+
+    norm.axhline(record["settings"]["grad_clip"], color="grey", linewidth=1, label="clipped above")
     rate = norm.twinx()
     rate.plot(columns["step"], columns["learning_rate"], "C3", linewidth=1)
     rate.set_ylabel("learning rate", color="C3")
-    rate.ticklabel_format(scilimits=(-2, 3))
+    rate.ticklabel_format(axis="y", scilimits=(-2, 3))
 
     draw_panel(loss, "Loss", "cross-entropy, nats a token", columns,
                train_loss=("C0", "training"),
-               test_part_loss=("C1", "some test stories"),
-               test_loss=("C1o", f"all test stories, now {last['test_loss']:.3g}"))
+               test_part_loss=("C1", some),
+               test_loss=("C1o", f"{all_now} {last['test_loss']:.3g}"))
     draw_panel(accuracy, "Accuracy", "share of next tokens guessed right", columns,
                train_accuracy=("C0", "training"),
-               test_part_accuracy=("C1", "some test stories"),
-               test_accuracy=("C1o", f"all test stories, now {last['test_accuracy']:.1%}"))
+               test_part_accuracy=("C1", some),
+               test_accuracy=("C1o", f"{all_now} {last['test_accuracy']:.1%}"))
     draw_panel(perplexity, "Perplexity", "exp of the test loss", columns,
-               test_part_perplexity=("C1", "some test stories"),
-               test_perplexity=("C1o", f"all test stories, now {last['test_perplexity']:.2f},\n"
+               test_part_perplexity=("C1", some),
+               test_perplexity=("C1o", f"{all_now} {last['test_perplexity']:.2f},\n"
                                        f"or {last['test_bits_per_byte']:.3f} bits per byte"))
     draw_panel(norm, "Gradient and learning rate", "norm of the gradient", columns,
                grad_norm_max=("C2:", "largest"),
@@ -1563,14 +1561,15 @@ def draw_panel(axes, title, unit, columns, **curves):
         axes.plot(steps, values, style, linewidth=1, markersize=4, label=label)
 
     axes.set(title=title, xlabel="optimizer step", ylabel=unit)
-    axes.grid(alpha=0.3)
+    axes.grid(alpha=0.3, which="both")
     axes.legend()
     low, high = axes.dataLim.intervaly
-    if high > max(1, 4 * low) and low > 0:
-        axes.set_yscale("log", base=2)
+    if high > max(1, 3 * low) and low > 0:
+        axes.set_yscale("log", subs=(2, 3, 5))
         axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
 
-def title(record):
+def title_of(record):
     from matplotlib.font_manager import findfont, get_font
     text = "{0:.3g} M parameters, {train_stories:,} training stories"
     letters = get_font(findfont("DejaVu Sans")).get_charmap()
@@ -1662,6 +1661,10 @@ def new_record(settings, counts, before):
     """What training.json holds; of a run that continues, with its step and epochs."""
     stories_per_step = settings.batch_size * settings.accum_steps * WORLD_SIZE
     steps_per_epoch = math.ceil(counts["train_stories"] / stories_per_step)
+    n_steps = min(settings.max_steps or math.inf, settings.epochs * steps_per_epoch)
+    # Scored 20 times, without a backward pass, these take about a hundredth of the run's time.
+    n_scored = min(256, max(16, n_steps * stories_per_step // 667), counts["test_stories"])
+
     of_data = {"number of stories": counts["stories"],
                "fingerprint of the stories": counts["fingerprint"],
                "fingerprint of the tokenizer": counts["tokenizer"]}
@@ -1675,8 +1678,7 @@ def new_record(settings, counts, before):
     return {
         "settings": asdict(settings), "processes": WORLD_SIZE, "data": counts,
         "must_match": must_match(settings) | of_data,
-        "n_steps": min(settings.max_steps or math.inf, settings.epochs * steps_per_epoch),
-        "steps_per_epoch": steps_per_epoch,
+        "n_steps": n_steps, "steps_per_epoch": steps_per_epoch, "test_part_stories": n_scored,
         "step": step, "epochs": epochs,
         "script_sha256": sha256(__file__),
         "versions": versions | {"python": sys.version.split()[0]},

@@ -160,23 +160,26 @@ def test_a_score_is_that_of_the_model_after_the_step(finished):
     ],
 )
 def test_some_twenty_scores_but_never_within_ten_steps(n_steps, points, expected, encoded):
-    record = {"n_steps": n_steps, "steps_per_epoch": 1, "data": {"train_stories": 16}}
+    record = {"n_steps": n_steps, "test_part_stories": 16}
     settings = project.Settings(test_points=points)
     assert [step + 1 for step in project.choose_part_of_test(encoded, settings, record)[1]] == expected
 
 
-@pytest.mark.parametrize("n_steps, expected", [(100, 16), (1000, 24), (10_000, 60)])
-def test_the_part_is_a_hundredth_of_the_work_and_the_same_each_time(n_steps, expected, encoded):
-    """Twenty times its stories, at a third of a training step's cost each: about a hundredth of n_steps x 16."""
-    record = {"n_steps": n_steps, "steps_per_epoch": 100, "data": {"train_stories": 1600}}
-    for _ in range(2):
-        loader, _ = project.choose_part_of_test(encoded, project.Settings(batch_size=5), record)
+@pytest.mark.parametrize("epochs, n_test, expected", [(1, 900, 23), (5, 900, 119), (5, 60, 60), (50, 900, 256)])
+def test_the_part_is_a_hundredth_of_the_work(epochs, n_test, expected):
+    """Twenty times so many stories, at a third of a training step's cost each, are 1 % of 15,885 stories an epoch."""
+    counts = {"stories": 17_650, "train_stories": 15_885, "test_stories": n_test, "fingerprint": "", "tokenizer": ""}
+    record = project.new_record(project.Settings(epochs=epochs), counts, {})
+    assert record["test_part_stories"] == expected
+
+
+def test_the_part_is_the_same_each_time_and_from_all_over_the_test_stories(encoded):
+    for batch_size in (5, 8, 100):
+        loader, _ = project.choose_part_of_test(
+            encoded, project.Settings(batch_size=batch_size), {"n_steps": 100, "test_part_stories": 16}
+        )
         chosen = np.concatenate(list(loader.batch_sampler))
-        assert len(chosen) == len(set(chosen.tolist())) == expected
-        assert sorted(chosen.tolist()) == np.linspace(0, 59, expected, dtype=int).tolist()
-    record["n_steps"] = 10**6
-    loader, _ = project.choose_part_of_test(encoded._replace(lengths=np.arange(1000)), project.Settings(), record)
-    assert len(np.concatenate(list(loader.batch_sampler))) == 256
+        assert sorted(chosen.tolist()) == [0, 3, 7, 11, 15, 19, 23, 27, 31, 35, 39, 43, 47, 51, 55, 59]
 
 
 # --- The table
@@ -260,12 +263,12 @@ def test_the_panels_show_the_figures_of_the_table(longer):
     panels = shown(project.draw(record, project.curve_points(record, metrics)))
     epochs, last = record["epochs"], record["epochs"][-1]
     assert list(panels) == ["Loss", "Accuracy", "Perplexity", "Gradient and learning rate", ""]
-    steps, losses = panels["Loss"][f"all test stories, now {last['test_loss']:.3g}"]
+    steps, losses = panels["Loss"][f"all 8, now {last['test_loss']:.3g}"]
     assert steps.tolist() == [18, 36] and losses.tolist() == [epoch["test_loss"] for epoch in epochs]
-    part = panels["Loss"]["some test stories"]
+    part = panels["Loss"]["8 test stories"]
     assert part[0].tolist() == [10, 20, 30] and part[1] == pytest.approx([loss for _, loss, _ in scores(longer)])
-    assert panels["Perplexity"]["some test stories"][1] == pytest.approx(np.exp(part[1]))
-    assert panels["Accuracy"]["some test stories"][1] == pytest.approx([share for _, _, share in scores(longer)])
+    assert panels["Perplexity"]["8 test stories"][1] == pytest.approx(np.exp(part[1]))
+    assert panels["Accuracy"]["8 test stories"][1] == pytest.approx([share for _, _, share in scores(longer)])
     assert panels["Accuracy"]["training"][0].tolist() == list(range(1, 37))
     (label,) = [label for label in panels["Perplexity"] if "bits" in label]
     assert f"now {last['test_perplexity']:.2f},\nor {last['test_bits_per_byte']:.3f} bits per byte" in label

@@ -1,6 +1,8 @@
 """What the README and docs/elsewhere.md say of other programs that use a checkpoint: their code, run on a small one."""
 
+import math
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import draw, read_points
 from huggingface_hub import HfApi
+from matplotlib.figure import Figure
+from transformers import AutoTokenizer, GPT2LMHeadModel
 
 import gpt2_tinystories as project
 
@@ -44,6 +49,40 @@ def test_transformers_writes(example, capsys):
     names = example("AutoModelForCausalLM")
     assert capsys.readouterr().out.startswith("Once upon a time")
     assert len(names["ids"][0]) <= 20 + len(names["tokenizer"]("Tom had a kite")["input_ids"])
+
+
+def test_a_model_is_scored_on_other_stories(example, finished, capsys):
+    """The perplexity and the bits per byte that are printed are those of transformers' probabilities."""
+    texts = ["One day, a cat sat down.", "Tom had a red ball. He was happy."]
+    (finished / "my_stories.txt").write_text("<|endoftext|>".join(texts), encoding="utf-8")
+    example("encode_stories")
+    perplexity, bits_per_byte = re.fullmatch(r"perplexity (.+), (.+) bits per byte\n", capsys.readouterr().out).groups()
+    folder = finished / "checkpoints" / "epoch_2"
+    theirs, tokenizer = GPT2LMHeadModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    nats, n_tokens, n_bytes = 0, 0, 0
+    for text in texts:
+        ids = tokenizer(text)["input_ids"]
+        story = torch.tensor([[*ids, tokenizer.eos_token_id]])
+        nats += theirs(story, labels=story).loss.item() * len(ids)
+        n_tokens += len(ids)
+        n_bytes += len(tokenizer.decode(ids[1:]).encode())
+    assert float(perplexity) == pytest.approx(math.exp(nats / n_tokens), abs=0.01)
+    assert float(bits_per_byte) == pytest.approx(nats / math.log(2) / n_bytes, abs=0.001)
+
+
+def test_several_runs_are_drawn_in_one_picture(example, finished, monkeypatch):
+    monkeypatch.setattr(Figure, "savefig", draw)
+    for name in ("a", "b"):
+        shutil.copytree(finished / "plots", finished / "runs" / name, dirs_exist_ok=True)
+    names = example("genfromtxt")
+    lines = names["plt"].gca().get_lines()
+    assert sorted(line.get_label() for line in lines) == [f"runs/{name}/training_metrics.csv" for name in "ab"]
+    points = read_points(finished)
+    for line in lines:
+        assert line.get_xdata().tolist() == [float(row["tokens"]) for row in points]
+        assert line.get_ydata().tolist() == [float(row["train_loss"]) for row in points]
+    assert (finished / "runs.png").read_bytes()[:4] == b"\x89PNG"
+    names["plt"].close()
 
 
 def test_a_checkpoint_goes_to_the_hub(example, finished, monkeypatch):

@@ -181,7 +181,8 @@ def record(monkeypatch):
         "steps_per_epoch": 2,
         "parameters": 1,
         "settings": {"grad_clip": 1.0},
-        "data": {"train_stories": 1, "source": "s"},
+        "data": {"train_stories": 1, "test_stories": 1, "source": "s"},
+        "test_part_stories": 1,
         "epochs": [epoch | {"test_bits_per_byte": 0.5}],
     }
 
