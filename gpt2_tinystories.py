@@ -333,7 +333,7 @@ def arrow_file(path, schema, columns):
         return Dataset.from_file(str(path))
 
 def clean(text):
-    """A story, or None, without white space, byte-order marks and <|endoftext|> at its ends."""
+    """A story without white space, byte-order marks and <|endoftext|> at its ends; "" for None."""
     previous, text = None, text or ""
     while text != previous:
         previous, text = text, text.strip().strip("\ufeff")
@@ -476,15 +476,12 @@ def tokenize(tokenizer, texts, add_special_tokens=False):
     options = {"add_special_tokens": add_special_tokens, "split_special_tokens": True}
     return tokenizer(texts, verbose=False, **options)
 
-def bytes_of_targets(text, encoding, n_ids, tokenizer):
-    """The number of UTF-8 bytes that the first n_ids tokens of a text stand for, without the very
-    first, which is no target."""
-    from tokenizers.decoders import ByteLevel
-    if isinstance(tokenizer.backend_tokenizer.decoder, ByteLevel):  # a character for each byte
-        return sum(map(len, encoding.tokens[1:n_ids]))
-
-    ends = [end for _, end in encoding.offsets[:n_ids]]
-    return len(text[ends[0] : ends[-1]].encode())
+def bytes_of_targets(text, encoding, n_ids):
+    """The UTF-8 bytes of text that the first n_ids tokens stand for, without the very first, which
+    is no target. A character of several tokens counts as the first of them."""
+    _, start = encoding.token_to_chars(0)
+    _, end = encoding.token_to_chars(min(n_ids, len(encoding)) - 1)
+    return len(text[start:end].encode())
 
 # ids: an Arrow column, memory-mapped; lengths: the targets of each story, its ids but the first;
 # n_bytes: the UTF-8 bytes of text that these stand for; n_cut: how many stories were longer.
@@ -493,7 +490,7 @@ Tokens = namedtuple("Tokens", "ids lengths n_bytes n_cut")
 def encode_stories(stories, tokenizer, n_positions, path=None):
     """The Tokens of stories, ids and <|endoftext|>, n_positions + 1 at most, kept in a file or, if
     path is None, in memory."""
-    import pyarrow
+    import pyarrow.compute
     end, n_ids = tokenizer.eos_token_id, n_positions + 1
 
     def columns():
@@ -504,14 +501,14 @@ def encode_stories(stories, tokenizer, n_positions, path=None):
             pairs = zip(texts, tokenize(tokenizer, texts).encodings, strict=True)
             pairs = [(text, encoding) for text, encoding in pairs if encoding.ids]
             yield {"ids": [(encoding.ids + [end])[:n_ids] for _, encoding in pairs],
-                   "n_bytes": [bytes_of_targets(*pair, n_ids, tokenizer) for pair in pairs],
+                   "n_bytes": [bytes_of_targets(*pair, n_ids) for pair in pairs],
                    "is_cut": [len(encoding.ids) >= n_ids for _, encoding in pairs]}
 
     id_type = pyarrow.uint16() if vocab_size_of(tokenizer) <= 1 << 16 else pyarrow.int32()
     schema = {"ids": pyarrow.list_(id_type), "n_bytes": pyarrow.int32(), "is_cut": pyarrow.bool_()}
     table = arrow_file(path, schema, columns()).data
     ids = table.column("ids")
-    lengths = np.concatenate([np.diff(chunk.offsets) - 1 for chunk in ids.chunks])
+    lengths = pyarrow.compute.list_value_length(ids).to_numpy() - 1
     n_bytes = table.column("n_bytes").to_numpy()
     return Tokens(ids, lengths, n_bytes, int(np.sum(table.column("is_cut"))))
 
@@ -937,10 +934,10 @@ def orthogonalize(x, dtype):
 # --- Training -----------------------------------------------------------------------------------
 
 # The columns of metrics, which has a row for each optimizer step: sums over its tokens, in all
-# processes; the norm of its gradient; its learning rate and seconds; the loss and accuracy on some
-# test stories after it, 0 where they are not scored.
-COLUMNS = range(8)
-LOSS, N_CORRECT, N_TOKENS, NORM, RATE, SECONDS, TEST_LOSS, TEST_ACCURACY = COLUMNS
+# processes; the norm of its gradient; its seconds; loss and accuracy on some test stories after it,
+# 0 where these are not scored.
+COLUMNS = range(7)
+LOSS, N_CORRECT, N_TOKENS, NORM, SECONDS, TEST_LOSS, TEST_ACCURACY = COLUMNS
 
 def train(model, train_set, test_set, settings, record, precision):
     """Train to the last step. record: what training.json is to hold, with the epochs so far."""
@@ -956,7 +953,8 @@ def train(model, train_set, test_set, settings, record, precision):
     part_of_test, scored_steps = choose_part_of_test(test_set, settings, record)
     learner = make_learner(model, train_set, settings, autocast, scaler)
     clear_folders(settings, record)
-    windows = step_batches(train_set.lengths, settings, record["steps_per_epoch"], record["step"])
+    batches_of_steps = step_batches(
+        train_set.lengths, settings, record["steps_per_epoch"], record["step"])
 
     signals, last_save = [], time.monotonic()
     with progress_bar(record) as bar, on_signals(signals.append):
@@ -967,18 +965,16 @@ def train(model, train_set, test_set, settings, record, precision):
             step_began = time.monotonic()
             # Dropout depends on the step and the process alone.
             torch.manual_seed((settings.seed * 1_000_003 + step) * WORLD_SIZE + RANK)
-            share = schedule(step, n_steps, settings.warmup_steps)
             for group in groups_of(optimizers):
-                group["lr"] = group["peak_lr"] * share
+                group["lr"] = group["peak_lr"] * schedule(step, n_steps, settings.warmup_steps)
 
-            world_batches = next(windows)  # those of all processes
+            world_batches = next(batches_of_steps)  # those of all processes
             n_tokens = sum(int(train_set.lengths[batch].sum()) for batch in world_batches)
             batches = make_loader(train_set.ids, own_share(world_batches))
             sums = all_reduce_sum(backward(learner, batches, n_tokens, autocast, scaler))
             norm = update(model, optimizers, settings.grad_clip, scaler)
             metrics[step, LOSS], metrics[step, N_CORRECT] = sums
             metrics[step, N_TOKENS], metrics[step, NORM] = n_tokens, norm
-            metrics[step, RATE] = settings.learning_rate * share
 
             ended, scored = step + 1 == end_of_epoch(record), step in scored_steps
             is_time = step_began - last_save > 60 * settings.save_every
@@ -986,15 +982,16 @@ def train(model, train_set, test_set, settings, record, precision):
             is_asked = WORLD_SIZE == 1 or device.type == "cpu" or ended or step % 10 == 0
             stop, due = any_process(bool(signals), is_time) if is_asked else (False, False)
             if ended or scored or stop or due or step % 10 == 0:
-                check_finite(metrics[: step + 1], record)  # waits for the device
+                check_finite(metrics[: step + 1, :TEST_LOSS], record)  # waits for the device
             metrics[step, SECONDS] = time.monotonic() - step_began
             show_step(bar, step, metrics)
 
             if scored:
                 with autocast:
-                    scores = evaluate(model, part_of_test)
-                metrics[step, TEST_LOSS], metrics[step, TEST_ACCURACY] = scores
-            if ended or stop or due:  # before an evaluation: a crash in that costs no training
+                    loss, accuracy = evaluate(model, part_of_test)
+                metrics[step, TEST_LOSS], metrics[step, TEST_ACCURACY] = loss, accuracy
+
+            if ended or stop or due:  # before finish_epoch: a crash in that costs no training
                 save_last(step + 1, settings, record, state, metrics)
                 last_save = time.monotonic()
             if stop:
@@ -1103,12 +1100,12 @@ def show_step(bar, step, metrics):
 def finish_epoch(model, test_set, settings, record, state, metrics):
     """Evaluate, and save: the model before all else."""
     epoch, step = len(record["epochs"]) + 1, end_of_epoch(record)
-    scores = score(model, test_set, settings.batch_size)  # in fp32 or, on CUDA, TF32
+    test_figures = score(model, test_set, settings.batch_size)  # in fp32 or, on CUDA, TF32
     metrics_so_far = metrics[:step].cpu().double().numpy()
     sums = metrics_so_far[(epoch - 1) * record["steps_per_epoch"] :].sum(0).tolist()
     record["epochs"].append({
         "epoch": epoch, "step": step, "train_loss": sums[LOSS] / sums[N_TOKENS],
-        "train_accuracy": sums[N_CORRECT] / sums[N_TOKENS], **scores,
+        "train_accuracy": sums[N_CORRECT] / sums[N_TOKENS], **test_figures,
         "tokens": int(sums[N_TOKENS]), "seconds": sums[SECONDS]})
 
     folder = Path(settings.checkpoints, f"epoch_{epoch}")
@@ -1145,6 +1142,9 @@ def evaluate(model, loader):
 def score(model, tokens, batch_size=8):
     """The figures of a model on the stories of Tokens, as an epoch's record has them. Bits per byte
     of text compare models with different tokenizers, on the same stories."""
+    if not len(tokens.lengths):
+        raise InputError("there are no stories to score")
+
     loss, accuracy = evaluate(model, make_test_loader(tokens, batch_size))
     n_bits = loss / math.log(2) * tokens.lengths.sum()
     n_bytes = tokens.n_bytes.sum()
@@ -1387,6 +1387,8 @@ def restore(state, metrics, record):
     """Continue from last.pt. The constants of the optimizers are those of the script."""
     folder = Path(record["settings"]["checkpoints"])
     last = read_last(folder)
+    if last["metrics"].size(1) != len(COLUMNS):
+        raise InputError(f"{folder}/last.pt: it is of another version of the script{OVERWRITE}")
     say(f"continuing the interrupted run from its last save, after step {record['step']:,}")
     if last["record"]["script_sha256"] != record["script_sha256"]:
         say("script     has changed since the last save, and trains as it is now")
@@ -1394,14 +1396,15 @@ def restore(state, metrics, record):
     optimizers = {name: part for name, part in state.items()
                   if isinstance(part, torch.optim.Optimizer)}
     constants = [dict(group) for group in groups_of(optimizers)]
-    try:
-        metrics[: record["step"]] = last["metrics"]
-        for name, part in state.items():
+    for name, part in state.items():
+        try:
             part.load_state_dict(last[name] or part.state_dict())  # of a scaler not used it is {}
-    except (KeyError, ValueError, RuntimeError) as error:  # of another model, or version
-        raise InputError(f"{folder}/last.pt: cannot be read: {error}{OVERWRITE}") from error
+        except (KeyError, ValueError, RuntimeError) as error:  # of another model
+            raise InputError(f"{folder}/last.pt: cannot be read: {error}{OVERWRITE}") from error
     for group, values in zip(groups_of(optimizers), constants, strict=True):
         group.update(values, lr=group["lr"])
+
+    metrics[: record["step"]] = last["metrics"]
 
 def saved_epochs(folder):
     """The folders of a run's epochs, in their order."""
@@ -1489,15 +1492,18 @@ def curve_points(record, metrics):
     """The rows of training_metrics.csv, dicts: of some 200 steps, of the last ones of epochs, and
     of those with scores of test stories. The training's figures are means over the ten steps up to
     this one, or over more in a long run. Those that are not there are None."""
-    every = math.ceil(record["n_steps"] / 200)
+    n_steps, settings = record["n_steps"], record["settings"]
+    every = math.ceil(n_steps / 200)
     epochs = {epoch["step"]: epoch for epoch in record["epochs"]}
-    scored = (np.flatnonzero(metrics[:, TEST_LOSS]) + 1).tolist()
+    steps_scored = (np.flatnonzero(metrics[:, TEST_LOSS]) + 1).tolist()
     so_far = metrics.cumsum(0)
 
     points = []
-    for step in sorted({*range(every, len(metrics) + 1, every), *scored, *epochs}):
-        now, some = metrics[step - 1], metrics[max(0, step - max(10, every)) : step]
-        sums, scores = some.sum(0), epochs.get(step, {})
+    for step in sorted({*range(every, len(metrics) + 1, every), *steps_scored, *epochs}):
+        some = metrics[max(0, step - max(10, every)) : step]
+        sums, epoch = some.sum(0), epochs.get(step, {})
+        scored = metrics[step - 1] if step in steps_scored else [None] * len(COLUMNS)
+        rate = settings["learning_rate"] * schedule(step - 1, n_steps, settings["warmup_steps"])
         points.append({
             "step": step,
             "epoch": math.ceil(step / record["steps_per_epoch"]),
@@ -1506,14 +1512,14 @@ def curve_points(record, metrics):
             "train_loss": sums[LOSS] / sums[N_TOKENS],
             "train_accuracy": sums[N_CORRECT] / sums[N_TOKENS],
             "grad_norm": sums[NORM] / len(some),
-            "learning_rate": now[RATE],
+            "learning_rate": rate,
             "tokens_per_second": sums[N_TOKENS] / sums[SECONDS],
-            "test_part_loss": now[TEST_LOSS] if step in scored else None,
-            "test_part_accuracy": now[TEST_ACCURACY] if step in scored else None,
-            "test_loss": scores.get("test_loss"),
-            "test_accuracy": scores.get("test_accuracy"),
-            "test_perplexity": scores.get("test_perplexity"),
-            "test_bits_per_byte": scores.get("test_bits_per_byte"),
+            "test_part_loss": scored[TEST_LOSS],
+            "test_part_accuracy": scored[TEST_ACCURACY],
+            "test_loss": epoch.get("test_loss"),
+            "test_accuracy": epoch.get("test_accuracy"),
+            "test_perplexity": epoch.get("test_perplexity"),
+            "test_bits_per_byte": epoch.get("test_bits_per_byte"),
             "grad_norm_max": some[:, NORM].max(),
         })
     return points
@@ -1523,34 +1529,32 @@ def draw(record, points):
     from matplotlib.figure import Figure
     figure, last = Figure(figsize=(10, 7.5), layout="constrained"), record["epochs"][-1]
     figure.suptitle(title_of(record), parse_math=False)
-    (loss, accuracy), (perplexity, norm) = figure.subplots(2, 2)
+    figure.supxlabel("optimizer step", size="medium")
+    (loss, accuracy), (perplexity, rate) = figure.subplots(2, 2, sharex=True)
+    norm = rate.twinx()
     columns = {name: np.array([point[name] for point in points], float) for name in points[0]}
     columns["test_part_perplexity"] = np.exp(columns["test_part_loss"])
 
-    some = f"{record['test_part_stories']} test stories"
+    training, some = ("C0", "training"), ("C1.-", f"{record['test_part_stories']} test stories")
     all_now = f"all {record['data']['test_stories']:,}, now"
+    draw_panel(loss, "Loss", "cross-entropy, nats a token", columns,
+               train_loss=training, test_part_loss=some,
+               test_loss=("C1o", f"{all_now} {last['test_loss']:.3g}"))
+    draw_panel(accuracy, "Accuracy", "share of next tokens guessed right", columns,
+               train_accuracy=training, test_part_accuracy=some,
+               test_accuracy=("C1o", f"{all_now} {last['test_accuracy']:.1%}"))
+    draw_panel(perplexity, "Perplexity", "exp of the test loss", columns,
+               test_part_perplexity=some,
+               test_perplexity=("C1o", f"{all_now} {last['test_perplexity']:.2f},\n"
+                                       f"or {last['test_bits_per_byte']:.3f} bits per byte"))
 
-    norm.axhline(record["settings"]["grad_clip"], color="grey", linewidth=1, label="clipped above")
-    rate = norm.twinx()
+    if (clip := record["settings"]["grad_clip"]) < columns["grad_norm_max"].max():
+        norm.axhline(clip, color="grey", linewidth=1, label="clipped above")
+    draw_panel(norm, "Gradient and learning rate", "norm of the gradient", columns,
+               grad_norm_max=("C2:", "largest"), grad_norm=("C2", "mean"))
     rate.plot(columns["step"], columns["learning_rate"], "C3", linewidth=1)
     rate.set_ylabel("learning rate", color="C3")
     rate.ticklabel_format(axis="y", scilimits=(-2, 3))
-
-    draw_panel(loss, "Loss", "cross-entropy, nats a token", columns,
-               train_loss=("C0", "training"),
-               test_part_loss=("C1", some),
-               test_loss=("C1o", f"{all_now} {last['test_loss']:.3g}"))
-    draw_panel(accuracy, "Accuracy", "share of next tokens guessed right", columns,
-               train_accuracy=("C0", "training"),
-               test_part_accuracy=("C1", some),
-               test_accuracy=("C1o", f"{all_now} {last['test_accuracy']:.1%}"))
-    draw_panel(perplexity, "Perplexity", "exp of the test loss", columns,
-               test_part_perplexity=("C1", some),
-               test_perplexity=("C1o", f"{all_now} {last['test_perplexity']:.2f},\n"
-                                       f"or {last['test_bits_per_byte']:.3f} bits per byte"))
-    draw_panel(norm, "Gradient and learning rate", "norm of the gradient", columns,
-               grad_norm_max=("C2:", "largest"),
-               grad_norm=("C2", "mean"))
     return figure
 
 def draw_panel(axes, title, unit, columns, **curves):
@@ -1558,9 +1562,11 @@ def draw_panel(axes, title, unit, columns, **curves):
     for name, (style, label) in curves.items():
         is_there = np.isfinite(columns[name])
         steps, values = columns["step"][is_there], columns[name][is_there]
-        axes.plot(steps, values, style, linewidth=1, markersize=4, label=label)
+        if len(steps):
+            size = min(4, 200 / len(steps))
+            axes.plot(steps, values, style, linewidth=1, markersize=size, label=label)
 
-    axes.set(title=title, xlabel="optimizer step", ylabel=unit)
+    axes.set(title=title, ylabel=unit)
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     low, high = axes.dataLim.intervaly

@@ -286,6 +286,7 @@ def test_no_backend_of_matplotlib_that_the_environment_names_stops_a_plot(backen
         " for name in ('loss', 'accuracy', 'perplexity', 'bits_per_byte')}\n"
         "record = {'n_steps': 2, 'steps_per_epoch': 2, 'parameters': 1, 'epochs': [epoch]}\n"
         "record |= {'data': {'train_stories': 1, 'test_stories': 1, 'source': 's'}, 'settings': {'grad_clip': 1}}\n"
+        "record['settings'] |= {'learning_rate': 1, 'warmup_steps': 0}\n"
         "record['test_part_stories'] = 1\n"
         "project.write_plots(pathlib.Path('plots'), record, numpy.ones((2, len(project.COLUMNS))))\n"
     )

@@ -180,7 +180,7 @@ def record(monkeypatch):
         "n_steps": 2,
         "steps_per_epoch": 2,
         "parameters": 1,
-        "settings": {"grad_clip": 1.0},
+        "settings": {"grad_clip": 1.0, "learning_rate": 1.0, "warmup_steps": 0},
         "data": {"train_stories": 1, "test_stories": 1, "source": "s"},
         "test_part_stories": 1,
         "epochs": [epoch | {"test_bits_per_byte": 0.5}],
