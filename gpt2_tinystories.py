@@ -126,7 +126,7 @@ class Settings(Flags):
     seed: int = flag(42, "seed of everything random", *SEED)
     max_steps: int = flag(0, "stop after so many steps; 0: after all epochs", *AT_LEAST_0)
     save_every: float = flag(10.0, "minutes between saves inside an epoch", *AT_LEAST_0)
-    test_points: int = flag(20, "scores of some test stories, for the curve; 0: none", *AT_LEAST_0)
+    test_points: int = flag(20, "scores of a few test stories in a run; 0: none", *AT_LEAST_0)
     device: Literal["auto", "cuda", "cpu", "mps"] = flag("auto", "where to compute")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = flag("auto", "format of matrix products")
     compile: Literal["auto", "on", "off"] = flag("auto", "torch.compile; auto: on CUDA if it works")
@@ -1072,8 +1072,8 @@ def make_learner(model, train_set, settings, autocast, scaler):
 def choose_part_of_test(test_set, settings, record):
     """(loader, steps): the test stories that are scored inside epochs, and after which steps."""
     n_steps = record["n_steps"]
-    every = max(10, math.ceil(n_steps / max(1, settings.test_points)))
-    steps = range(every - 1, n_steps, every) if settings.test_points else ()
+    n_points = min(settings.test_points, n_steps // 10)
+    steps = {n_steps * i // n_points - 1 for i in range(1, n_points + 1)}
     return make_test_loader(test_set, settings.batch_size, record["test_part_stories"]), steps
 
 def end_of_epoch(record):
@@ -1536,16 +1536,16 @@ def draw(record, points):
     columns["test_part_perplexity"] = np.exp(columns["test_part_loss"])
 
     training, some = ("C0", "training"), ("C1.-", f"{record['test_part_stories']} test stories")
-    all_now = f"all {record['data']['test_stories']:,}, now"
+    all_last = f"all {record['data']['test_stories']:,}, last"
     draw_panel(loss, "Loss", "cross-entropy, nats a token", columns,
                train_loss=training, test_part_loss=some,
-               test_loss=("C1o", f"{all_now} {last['test_loss']:.3g}"))
+               test_loss=("C1o", f"{all_last} {last['test_loss']:.3g}"))
     draw_panel(accuracy, "Accuracy", "share of next tokens guessed right", columns,
                train_accuracy=training, test_part_accuracy=some,
-               test_accuracy=("C1o", f"{all_now} {last['test_accuracy']:.1%}"))
+               test_accuracy=("C1o", f"{all_last} {last['test_accuracy']:.1%}"))
     draw_panel(perplexity, "Perplexity", "exp of the test loss", columns,
                test_part_perplexity=some,
-               test_perplexity=("C1o", f"{all_now} {last['test_perplexity']:.2f},\n"
+               test_perplexity=("C1o", f"{all_last} {last['test_perplexity']:.2f},\n"
                                        f"or {last['test_bits_per_byte']:.3f} bits per byte"))
 
     if (clip := record["settings"]["grad_clip"]) < columns["grad_norm_max"].max():

@@ -56,7 +56,9 @@ def test_a_model_is_scored_on_other_stories(example, finished, capsys):
     texts = ["One day, a cat sat down.", "Tom had a red ball. He was happy."]
     (finished / "my_stories.txt").write_text("<|endoftext|>".join(texts), encoding="utf-8")
     example("encode_stories")
-    perplexity, bits_per_byte = re.fullmatch(r"perplexity (.+), (.+) bits per byte\n", capsys.readouterr().out).groups()
+    perplexity, bits_per_byte = re.fullmatch(
+        r"2 stories, 0 of them cut\nperplexity (.+), (.+) bits per byte\n", capsys.readouterr().out
+    ).groups()
     folder = finished / "checkpoints" / "epoch_2"
     theirs, tokenizer = GPT2LMHeadModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     nats, n_tokens, n_bytes = 0, 0, 0
