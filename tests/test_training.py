@@ -264,7 +264,7 @@ def test_accuracy_counts_right_guesses_by_hand(model, encoded):
 def test_perplexity_equals_that_of_transformers_for_every_batch_size(model, encoded, tmp_path):
     project.save_checkpoint(tmp_path / "epoch_1", model, {})
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "epoch_1").eval()
-    ids, lengths, _ = encoded
+    ids, lengths, *_ = encoded
     nats = tokens = 0
     for story in ids:
         story = torch.tensor([story.as_py()])
