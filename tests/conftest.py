@@ -22,8 +22,9 @@ import gpt2_tinystories as project
 import sample_stories as grammar
 from sample_stories import sample_stories
 
-draw = Figure.savefig  # takes half a second, so that most runs here do without
-Figure.savefig = child.save_no_picture
+# Drawing takes half a second, so that most runs here do without.
+draw, draw_figure = Figure.savefig, project.draw
+Figure.savefig, project.draw = child.save_no_picture, lambda *_: Figure()
 # The built-in stories take seconds each time.
 built_in_stories = functools.cache(lambda: list(sample_stories(project.N_BUILT_IN)))
 grammar.sample_stories = lambda n, **seed: built_in_stories() if n == project.N_BUILT_IN else sample_stories(n, **seed)
@@ -124,6 +125,7 @@ def finished(tmp_path_factory):
     """The folder of a finished tiny run, made once for the tests that only look at it. Its plots are drawn."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Figure, "savefig", draw)
+        patch.setattr(project, "draw", draw_figure)
         return train_in(tmp_path_factory.mktemp("finished"))
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
-from conftest import TINY, read_points, read_run, train, train_in
+from conftest import TINY, draw_figure, read_points, read_run, train, train_in
 from matplotlib.figure import Figure
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
@@ -171,7 +171,7 @@ def test_a_score_is_that_of_the_model_after_the_step_and_takes_none_of_its_time(
             raise KeyboardInterrupt
 
     monkeypatch.setattr(project, "save_last", stopping)
-    monkeypatch.setattr(project, "evaluate", lambda *arguments: (time.sleep(3), evaluate(*arguments))[1])
+    monkeypatch.setattr(project, "evaluate", lambda *arguments: (time.sleep(2), evaluate(*arguments))[1])
     with pytest.raises(KeyboardInterrupt):
         train("--save-every 0 --precision fp32", base=LONGER)
     last = torch.load("checkpoints/last.pt", weights_only=True)
@@ -188,7 +188,7 @@ def test_a_score_is_that_of_the_model_after_the_step_and_takes_none_of_its_time(
         n_tokens += len(ids) - 1
     assert len(column) == 8 and losses[:11] == [0.0] * 11
     assert losses[11:] == [pytest.approx(nats / n_tokens, rel=1e-5)]
-    assert last["metrics"][:, project.SECONDS].sum() < 3
+    assert last["metrics"][:, project.SECONDS].sum() < 2
 
 
 def test_a_score_that_is_not_finite_is_a_gap_in_the_curve(longer, workspace, monkeypatch):
@@ -324,7 +324,7 @@ def shown(figure):
 def test_the_panels_show_the_figures_of_the_table(longer):
     record = json.loads((longer / "checkpoints" / "epoch_2" / "training.json").read_text())
     metrics = torch.load(longer / "checkpoints" / "last.pt", weights_only=True)["metrics"].double().numpy()
-    panels = shown(project.draw(record, project.curve_points(record, metrics)))
+    panels = shown(draw_figure(record, project.curve_points(record, metrics)))
     epochs, last = record["epochs"], record["epochs"][-1]
     assert set(panels) == {"Loss", "Accuracy", "Perplexity", "Gradient and learning rate", ""}
     steps, losses = panels["Loss"][f"all 8, last {last['test_loss']:.3g}"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import matplotlib
 import pytest
 import torch
-from conftest import SIZES, draw, read_run, same_runs, train
+from conftest import SIZES, draw, draw_figure, read_run, same_runs, train
 from matplotlib.figure import Figure
 
 import gpt2_tinystories as project
@@ -63,6 +63,7 @@ PLACES = {
 
 @pytest.mark.parametrize("what", PLACES)
 def test_whatever_fails_beside_the_model_costs_no_model(what, stories_here, monkeypatch, capsys):
+    monkeypatch.setattr(project, "draw", draw_figure)
     place, name, *rest = PLACES[what]
     if isinstance(place, str):
         place = pytest.importorskip(place)
@@ -174,6 +175,7 @@ def test_a_folder_that_cannot_be_written_any_more_is_refused_before_the_first_st
 @pytest.fixture
 def record(monkeypatch):
     monkeypatch.setattr(Figure, "savefig", draw)
+    monkeypatch.setattr(project, "draw", draw_figure)
     epoch = {"epoch": 1, "step": 2, "tokens": 9}
     epoch |= {f"{part}_{name}": 0.5 for part in ("train", "test") for name in ("loss", "accuracy", "perplexity")}
     return {
