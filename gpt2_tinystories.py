@@ -1118,8 +1118,9 @@ def finish_epoch(model, test_set, settings, record, state, metrics):
         .format(settings.epochs, **record["epochs"][-1]))
 
     if RANK == 0:
+        points = curve_points(record, metrics_so_far)
         try:
-            write_plots(Path(settings.plots), record, metrics_so_far)
+            write_plots(Path(settings.plots), record, points)
         except Exception as error:  # whatever matplotlib or the disk raise
             say(f"warning    no new plots in {settings.plots}: {error!r}")
         sample = generate_text(model, settings.prompt, max_length=200)
@@ -1470,9 +1471,8 @@ def remove(path):
 
 # --- Plots --------------------------------------------------------------------------------------
 
-def write_plots(folder, record, metrics):
-    """training_metrics.csv and .png, from a run's epochs and the metrics of its steps so far."""
-    points = curve_points(record, metrics)
+def write_plots(folder, record, points):
+    """Write a run's training_metrics.csv and .png."""
     with (whole_or_absent(folder / "training_metrics.csv") as path,
           open(path, "w", encoding="utf-8", newline="") as file):
         writer = csv.writer(file)

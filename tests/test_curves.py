@@ -145,35 +145,32 @@ def test_the_scores_inside_a_run_change_nothing_in_it(longer, workspace):
     assert [step for step, _, _ in scores(longer)] == [12, 24, 36] and scores(workspace) == []
 
 
-def test_a_run_goes_on_with_other_points_of_its_curve(longer, workspace, monkeypatch):
-    """Without a score after the 12th step; the later ones are those of an unbroken run."""
+def train_and_stop(last_step, arguments):
+    """Train until the save after a step."""
     save_last = project.save_last
 
     def stopping(step, *rest):
         save_last(step, *rest)
-        if step == 14:
+        if step == last_step:
             raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(project, "save_last", stopping)
-        train("--save-every 0 --test-points 1", base=LONGER)  # a score after the last step alone
+        train(f"--save-every 0 {arguments}", base=LONGER)
+
+
+def test_a_run_goes_on_with_other_points_of_its_curve(longer, workspace):
+    """Without a score after the 12th step; the later ones are those of an unbroken run."""
+    train_and_stop(14, "--test-points 1")  # a score after the last step alone
     train("", base=LONGER)
     assert scores(workspace) == scores(longer)[1:]
 
 
 def test_a_score_is_that_of_the_model_after_the_step_and_takes_none_of_its_time(longer, workspace, monkeypatch):
     """Stopped in the save after the 12th step: transformers' loss of these weights on the 8 test stories."""
-    save_last, evaluate = project.save_last, project.evaluate
-
-    def stopping(step, *rest):
-        save_last(step, *rest)
-        if step == 12:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(project, "save_last", stopping)
+    evaluate = project.evaluate
     monkeypatch.setattr(project, "evaluate", lambda *arguments: (time.sleep(2), evaluate(*arguments))[1])
-    with pytest.raises(KeyboardInterrupt):
-        train("--save-every 0 --precision fp32", base=LONGER)
+    train_and_stop(12, "--precision fp32")
     last = torch.load("checkpoints/last.pt", weights_only=True)
     losses = last["metrics"][:, project.TEST_LOSS].tolist()
     model, _ = read_run(longer / "checkpoints")
@@ -338,6 +335,23 @@ def test_the_panels_show_the_figures_of_the_table(longer):
     assert f"last {last['test_perplexity']:.2f},\nor {last['test_bits_per_byte']:.3f} bits per byte" in label
     (rate,) = panels[""].values()
     assert max(rate[1]) == pytest.approx(3e-4, rel=1e-5) and len(rate[0]) == 36
+
+
+@pytest.mark.parametrize("clip, is_shown", [(0.5, True), (1e6, False)])
+def test_the_line_of_clipping_is_there_if_anything_was_clipped(clip, is_shown, longer):
+    record = json.loads((longer / "checkpoints" / "epoch_2" / "training.json").read_text())
+    metrics = np.ones((36, len(project.COLUMNS)))
+    record["settings"]["grad_clip"] = clip
+    lines = shown(draw_figure(record, project.curve_points(record, metrics)))["Gradient and learning rate"]
+    assert ("clipped above" in lines) == is_shown
+
+
+def test_one_point_can_be_seen_and_none_has_no_legend():
+    axes = Figure().add_subplot()
+    columns = {"step": np.arange(2), "some": np.array([np.nan, 3]), "none": np.full(2, np.nan)}
+    project.draw_panel(axes, "Loss", "", columns, some=("C1.-", "some"), none=("C1o", "none"))
+    (line,) = axes.get_lines()
+    assert line.get_label() == "some" and line.get_marker() == "." and len(line.get_xdata()) == 1
 
 
 @pytest.mark.parametrize("losses, scale", [([8, 1.9], "log"), ([3, 2], "linear"), ([0.9, 0.1], "linear")])

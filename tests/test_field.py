@@ -288,7 +288,8 @@ def test_no_backend_of_matplotlib_that_the_environment_names_stops_a_plot(backen
         "record |= {'data': {'train_stories': 1, 'test_stories': 1, 'source': 's'}, 'settings': {'grad_clip': 1}}\n"
         "record['settings'] |= {'learning_rate': 1, 'warmup_steps': 0}\n"
         "record['test_part_stories'] = 1\n"
-        "project.write_plots(pathlib.Path('plots'), record, numpy.ones((2, len(project.COLUMNS))))\n"
+        "points = project.curve_points(record, numpy.ones((2, len(project.COLUMNS))))\n"
+        "project.write_plots(pathlib.Path('plots'), record, points)\n"
     )
     environment = os.environ | {"MPLBACKEND": backend, "PYTHONPATH": str(Path(project.__file__).parent)}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)

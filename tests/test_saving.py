@@ -193,7 +193,8 @@ def picture(record, folder, source="s"):
     import numpy as np
 
     record["data"]["source"] = source
-    project.write_plots(folder, record, np.ones((2, len(project.COLUMNS))))
+    points = project.curve_points(record, np.ones((2, len(project.COLUMNS))))
+    project.write_plots(folder, record, points)
     return (folder / "training_metrics.png").read_bytes()
 
 

@@ -956,7 +956,10 @@ def test_a_mistake_in_the_model_shows_where_it_is(place, workspace, monkeypatch)
 IN_READING = {"read_text": "my.txt", "read_lines": "my.jsonl", "read_table": "my.parquet", "saved_stories": "saved"}
 
 
-@pytest.mark.parametrize("place", [*IN_READING, "built_in_stories", "clean", "encode", "pad_batch", "step_batches"])
+IN_ENCODING = ["clean", "encode", "bytes_of_targets", "pad_batch", "make_test_loader", "step_batches"]
+
+
+@pytest.mark.parametrize("place", [*IN_READING, "built_in_stories", *IN_ENCODING])
 def test_a_mistake_in_the_code_of_the_data_shows_where_it_is(place, stories, workspace, monkeypatch):
     data = IN_READING.get(place, "my.txt")
     if data == "my.txt":
@@ -974,7 +977,7 @@ def test_a_mistake_in_the_code_of_the_data_shows_where_it_is(place, stories, wor
 
 
 IN_SAVING = {"to_gpt2": 1, "GPT.gpt2_state_dict": 1, "transposed": 1, "sha256": 1}  # good calls before the training
-IN_SAVING |= {"save_checkpoint": 0, "save_last": 0, "Muon.state_dict": 0}
+IN_SAVING |= {"save_checkpoint": 0, "save_last": 0, "Muon.state_dict": 0, "score": 0, "curve_points": 0}
 
 
 @pytest.mark.parametrize(("place", "good_calls"), [*IN_SAVING.items(), ("flush", 0), ("flush", 4), ("flush", 8)])
