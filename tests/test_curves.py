@@ -20,6 +20,8 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import gpt2_tinystories as project
 
+pytestmark = pytest.mark.packages
+
 END = "<|endoftext|>"
 COLUMNS = (
     "step epoch tokens minutes train_loss train_accuracy grad_norm learning_rate tokens_per_second test_part_loss "

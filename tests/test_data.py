@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 import gpt2_tinystories as project
 from sample_stories import sample_stories
 
+pytestmark = pytest.mark.packages
+
 STORIES = list(sample_stories(20))
 
 

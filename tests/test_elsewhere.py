@@ -17,6 +17,8 @@ from transformers import AutoTokenizer, GPT2LMHeadModel
 
 import gpt2_tinystories as project
 
+pytestmark = pytest.mark.packages
+
 ROOT = Path(project.__file__).parent
 PAGES = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))))
 

@@ -25,6 +25,8 @@ import gpt2_generate
 import gpt2_tinystories as project
 from sample_stories import sample_stories
 
+pytestmark = pytest.mark.packages
+
 STORIES = list(sample_stories(30))
 END = "<|endoftext|>"
 SHORT = f"--fraction 1 --tokenizer bpe:300 {SIZES} --max-steps 2"
@@ -115,7 +117,10 @@ def test_a_saved_format_and_other_columns_do_not_matter(workspace):
 @pytest.mark.parametrize("kind", ["string", "large_string", "string_view", "dictionary"])
 def test_every_kind_of_string_is_one(kind, workspace):
     kind = pa.dictionary(pa.int32(), pa.string()) if kind == "dictionary" else getattr(pa, kind)()
-    pq.write_table(pa.table({"text": pa.array([*STORIES, None], kind)}), "s.parquet")
+    try:
+        pq.write_table(pa.table({"text": pa.array([*STORIES, None], kind)}), "s.parquet")
+    except pa.ArrowNotImplementedError:
+        pytest.skip(f"this pyarrow writes no {kind}")
     assert texts_of("s.parquet") == [*STORIES, None]
 
 

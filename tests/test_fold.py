@@ -19,6 +19,8 @@ from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 import gpt2_tinystories as project
 from sample_stories import sample_stories
 
+pytestmark = pytest.mark.packages
+
 V = 400
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
 

@@ -23,6 +23,8 @@ from transformers import (
 import gpt2_generate
 import gpt2_tinystories as project
 
+pytestmark = pytest.mark.packages
+
 PROMPT = "Once upon a time, in a small village"
 
 

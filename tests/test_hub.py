@@ -19,6 +19,8 @@ from conftest import train_in
 
 from sample_stories import sample_stories
 
+pytestmark = pytest.mark.packages
+
 REPO, COMMIT, FILE = "roneneldan/TinyStories", "0123456789abcdef" * 2 + "01234567", "data/train-00000-of-00001.parquet"
 MODEL = "somebody/tiny-gpt2"
 STORIES = list(sample_stories(40))

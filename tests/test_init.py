@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 import gpt2_generate
 import gpt2_tinystories as project
 
+pytestmark = pytest.mark.packages
+
 RUN = "--data sample --fraction 0.0067 --epochs 2 --n-positions 64 --precision fp32"
 
 

@@ -9,6 +9,8 @@ from transformers import AutoModelForCausalLM
 
 import gpt2_tinystories as project
 
+pytestmark = pytest.mark.packages
+
 
 @pytest.fixture
 def reference(model, tmp_path):

@@ -19,6 +19,8 @@ from test_crash import start, wait_for
 
 import gpt2_tinystories as project
 
+pytestmark = pytest.mark.packages
+
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
 
 

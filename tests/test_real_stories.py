@@ -13,6 +13,7 @@ import gpt2_tinystories as project
 STORIES = Path(os.environ.get("TINYSTORIES_DIR") or "tinystories_local").resolve()
 TOKENIZER = Path(os.environ.get("GPT2_TOKENIZER_DIR") or "missing").resolve()
 pytestmark = [
+    pytest.mark.packages,
     pytest.mark.skipif(not STORIES.is_dir(), reason=f"no real stories: {STORIES} is not there"),
     pytest.mark.skipif(not TOKENIZER.is_dir(), reason="no GPT-2 tokenizer: GPT2_TOKENIZER_DIR names no folder"),
 ]

@@ -15,6 +15,8 @@ from matplotlib.figure import Figure
 import gpt2_tinystories as project
 from sample_stories import sample_stories
 
+pytestmark = pytest.mark.packages
+
 SHORT = f"--data s.txt --fraction 1 --tokenizer bpe:300 {SIZES} --max-steps 2 --epochs 1"
 
 

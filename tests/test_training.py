@@ -23,6 +23,8 @@ import gpt2_generate
 import gpt2_tinystories as project
 from sample_stories import sample_stories
 
+pytestmark = pytest.mark.packages
+
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
 
 
@@ -328,6 +330,7 @@ def polar_factor(x):
 @pytest.mark.parametrize("shape", [(96, 32), (32, 64), (48, 48)], ids=str)
 def test_muon_is_that_of_pytorch_but_for_the_iterations(shape, monkeypatch):
     """Two matrices in one group, with the exact result of the iterations in both."""
+    pytest.importorskip("torch.optim._muon", reason="PyTorch has no Muon before 2.9")
     monkeypatch.setattr(project, "orthogonalize", lambda x, dtype: polar_factor(x))
     monkeypatch.setattr("torch.optim._muon._zeropower_via_newtonschulz", lambda x, *_: polar_factor(x))
     ours = [torch.nn.Parameter(torch.randn(shape, dtype=torch.float64)) for _ in range(2)]
@@ -388,15 +391,15 @@ def test_a_gradient_that_overflows_in_fp16_is_skipped_whole(value, spoiled, mode
 
 
 def test_a_run_leaves_what_the_readme_says(finished):
-    names = sorted(path.name for path in (finished / "checkpoints").iterdir())
-    assert names == [".lock", "data", "epoch_1", "epoch_2", "last.pt"]
+    names = {path.name for path in (finished / "checkpoints").iterdir()}
+    assert names - {".lock"} == {"data", "epoch_1", "epoch_2", "last.pt"}  # some releases remove their locks
     standard = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     for epoch in (1, 2):
         folder = finished / "checkpoints" / f"epoch_{epoch}"
         assert {path.name for path in folder.iterdir()} == standard | {"training.json", "sample.txt"}
         assert (folder / "sample.txt").read_text().startswith("Once upon a time, in a small village")
     plots = {path.name for path in (finished / "plots").iterdir()}
-    assert plots == {".lock", "training_metrics.png", "training_metrics.csv"}
+    assert plots - {".lock"} == {"training_metrics.png", "training_metrics.csv"}
     assert (finished / "plots" / "training_metrics.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
@@ -627,10 +630,15 @@ def test_a_broken_training_json_is_refused_in_one_line(finished, tmp_path, refus
 
 def test_a_finished_run_is_reported_and_left_alone(finished, monkeypatch, capsys):
     monkeypatch.chdir(finished)
-    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+
+    def times():
+        files = [path for path in finished.rglob("*") if path.is_file() and path.name != ".lock"]
+        return {path: path.stat().st_mtime_ns for path in files}
+
+    before = times()
     train("--device cpu --compile off --prompt Hello")  # these may change
     assert "finished" in capsys.readouterr().out
-    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+    assert times() == before
 
 
 def test_another_run_in_the_same_folder_is_refused_unless_it_may_overwrite(workspace, refused, capsys):

@@ -20,6 +20,8 @@ import gpt2_generate
 import gpt2_tinystories as project
 from sample_stories import sample_stories
 
+pytestmark = pytest.mark.packages
+
 END = "<|endoftext|>"
 TEXTS = list(sample_stories(40))
 SHORT = f"--data s.txt --fraction 1 {SIZES} --max-steps 2 --epochs 1"
@@ -264,7 +266,8 @@ def test_a_folder_that_hides_a_name_on_the_hub_is_named(stories_here, refused):
     for flag in ("--tokenizer gpt2", "--init gpt2", "--init gpt2 --checkpoints gpt2"):
         Path("gpt2").mkdir(exist_ok=True)
         line = refused(project.main, f"--data s.txt {flag}")
-        assert "gpt2: the local folder cannot be read" in line
+        hollow = "gpt2: its files, such as tokenizer.json, are missing"  # for some releases it is an empty tokenizer
+        assert "gpt2: the local folder cannot be read" in line or hollow in line
 
 
 # --- Files
