@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch>=2.7,<3", "transformers>=5.0,<6", "datasets>=3.0,<6",
-#                 "matplotlib>=3.9,<4", "tqdm>=4.66.3,<5", "filelock>=3.21,<5"]
+# dependencies = ["torch>=2.7,<3", "transformers>=5.0,<6", "datasets>=2.21,<6",
+#                 "matplotlib>=3.8,<4", "tqdm>=4.66.3,<5", "filelock>=3.21,<5"]
 # ///
 """Train a small GPT-2 on TinyStories: one file, made to be read from top to bottom.
 
@@ -41,7 +41,7 @@ from itertools import count, islice
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from socket import socketpair
-from threading import Thread
+from threading import RLock, Thread
 from typing import Literal, get_args
 from unicodedata import normalize
 
@@ -1802,6 +1802,7 @@ def run(main, after_interrupt="", after_no_memory=FEWER_TOKENS):
         if hasattr(stream, "reconfigure"):  # not a notebook's
             stream.reconfigure(errors="replace")  # what a terminal cannot show or sent
         setattr(sys, name, stream if mode == "r" else Output(stream))
+    tqdm.set_lock(RLock())  # its own one holds a semaphore, which os._exit would leave behind
     try:
         if sys.flags.optimize > 1:
             raise InputError("transformers needs docstrings: python -O, not -OO")

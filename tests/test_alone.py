@@ -43,6 +43,14 @@ def test_the_dependencies_in_the_script_are_those_of_the_project(name):
     assert block["requires-python"] == re.sub(r"py(\d)(\d+)", r">=\1.\2", target)
 
 
+def test_the_oldest_packages_that_are_tested_are_the_oldest_that_are_allowed():
+    lowest = dict(re.match(r"(\w+)>=([\d.]+),", line).groups() for line in read("requirements.txt").splitlines())
+    tested = dict(re.findall(r"^(\w+)==([\d.]+)$", read("tests/oldest.txt"), flags=re.M))
+    assert {name: tested[name].removesuffix(".0") for name in lowest} == {
+        name: version.removesuffix(".0") for name, version in lowest.items()
+    }
+
+
 def test_the_script_alone_trains_on_a_text_file(alone, tmp_path):
     done = alone(f"--data my.txt {SIZES}")
     assert done.returncode == 0, done.stderr

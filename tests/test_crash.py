@@ -318,6 +318,7 @@ def test_where_the_training_state_does_not_fit_it_says_so_and_goes_on_once_there
     same_runs(tmp_path, finished)
 
 
+@pytest.mark.packages
 def test_a_full_disk_leaves_the_checkpoints_as_they_were(finished, tmp_path, tiny):
     without_the_last_evaluation(finished, tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.rglob("checkpoints/**/*") if path.is_file()}
