@@ -46,9 +46,9 @@ def test_the_dependencies_in_the_script_are_those_of_the_project(name):
 def test_the_oldest_packages_that_are_tested_are_the_oldest_that_are_allowed():
     lowest = dict(re.match(r"(\w+)>=([\d.]+),", line).groups() for line in read("requirements.txt").splitlines())
     tested = dict(re.findall(r"^(\w+)==([\d.]+)$", read("tests/oldest.txt"), flags=re.M))
-    assert {name: tested[name].removesuffix(".0") for name in lowest} == {
-        name: version.removesuffix(".0") for name, version in lowest.items()
-    }
+    assert len(lowest) >= 5
+    for name, version in lowest.items():
+        assert tested[name] in (version, f"{version}.0")
 
 
 def test_the_script_alone_trains_on_a_text_file(alone, tmp_path):

@@ -222,7 +222,7 @@ def test_a_signal_in_the_preparation_ends_the_process_at_once(number, finished, 
     process = start(tmp_path, tiny, slow_tokenising)
     wait_for(lambda: "the tokenising begins" in read(tmp_path))
     os.kill(process.pid, number)
-    process.join(5)
+    process.join(20)
     output = read(tmp_path)
     assert process.exitcode == 128 + number and "Traceback" not in output
     assert "interrupted" in output.splitlines()[-1]
