@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch>=2.7,<3", "transformers>=5.0,<6", "datasets>=2.21,<6",
+# dependencies = ["torch>=2.7,<3", "transformers>=5.0,<6", "datasets>=4.0,<6",
 #                 "matplotlib>=3.8,<4", "tqdm>=4.66.3,<5", "filelock>=3.21,<5"]
 # ///
 """Write stories with a checkpoint of gpt2_tinystories.py.

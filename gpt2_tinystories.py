@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch>=2.7,<3", "transformers>=5.0,<6", "datasets>=2.21,<6",
+# dependencies = ["torch>=2.7,<3", "transformers>=5.0,<6", "datasets>=4.0,<6",
 #                 "matplotlib>=3.8,<4", "tqdm>=4.66.3,<5", "filelock>=3.21,<5"]
 # ///
 """Train a small GPT-2 on TinyStories: one file, made to be read from top to bottom.
@@ -941,10 +941,10 @@ LOSS, N_CORRECT, N_TOKENS, NORM, SECONDS, TEST_LOSS, TEST_ACCURACY = COLUMNS
 
 def train(model, train_set, test_set, settings, record, precision):
     """Train to the last step. record: what training.json is to hold, with the epochs so far."""
-    device, n_steps = model.device, record["n_steps"]
-    autocast = torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
+    device, dtype, n_steps = model.device, DTYPES[precision], record["n_steps"]
+    autocast = nullcontext() if precision == "fp32" else torch.autocast(device.type, dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    optimizers = make_optimizers(model, settings, DTYPES[precision])
+    optimizers = make_optimizers(model, settings, dtype)
     metrics = torch.zeros(n_steps, len(COLUMNS), device=device)
     state = {"model": model, "scaler": scaler} | optimizers
     if record["step"]:
@@ -1310,7 +1310,7 @@ def load_checkpoint(name, device="cpu", **changes):
             raise ValueError("its weights are not of the sizes in its config.json") from None
 
     keys = [*report["missing_keys"], *report["unexpected_keys"]]
-    if strange := [key for key in keys if not key.endswith(("attn.bias", "attn.masked_bias"))]:
+    if strange := [key for key in keys if not key.endswith((".attn.bias", ".masked_bias"))]:
         raise InputError(f"{name}: missing or unknown tensors, such as {min(strange)}")
 
     weights = transposed(gpt2.state_dict())
@@ -1917,8 +1917,8 @@ def pick_device(device, precision):
         device = "cpu"
     require(precision != "fp16" or device == "cuda", "precision", precision, f"not on {device}")
 
-    # The function with a public name came with PyTorch 2.11. A CPU with AMX has AVX-512, too.
-    has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+    # The function with a public name came with PyTorch 2.11. A CPU with AMX has AVX512_BF16, too.
+    has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     best = "bf16" if device == "cpu" and has_bf16 else "fp32"
     if device == "cuda":
         torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")  # or TF32

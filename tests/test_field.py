@@ -120,7 +120,8 @@ def test_every_kind_of_string_is_one(kind, workspace):
     try:
         pq.write_table(pa.table({"text": pa.array([*STORIES, None], kind)}), "s.parquet")
     except pa.ArrowNotImplementedError:
-        pytest.skip(f"this pyarrow writes no {kind}")
+        assert kind == pa.string_view()
+        pytest.skip("this pyarrow cannot write it")
     assert texts_of("s.parquet") == [*STORIES, None]
 
 

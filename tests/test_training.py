@@ -327,10 +327,10 @@ def polar_factor(x):
     return u @ v
 
 
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="PyTorch has a Muon since 2.9")
 @pytest.mark.parametrize("shape", [(96, 32), (32, 64), (48, 48)], ids=str)
 def test_muon_is_that_of_pytorch_but_for_the_iterations(shape, monkeypatch):
     """Two matrices in one group, with the exact result of the iterations in both."""
-    pytest.importorskip("torch.optim._muon", reason="PyTorch has no Muon before 2.9")
     monkeypatch.setattr(project, "orthogonalize", lambda x, dtype: polar_factor(x))
     monkeypatch.setattr("torch.optim._muon._zeropower_via_newtonschulz", lambda x, *_: polar_factor(x))
     ours = [torch.nn.Parameter(torch.randn(shape, dtype=torch.float64)) for _ in range(2)]
