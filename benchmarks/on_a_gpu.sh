@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What only a CUDA GPU can show, in about ten minutes and without a network, the most important first.
+# What only a CUDA GPU can show, in about fifteen minutes and without a network, the most important first.
 #
 #   bash benchmarks/on_a_gpu.sh OUT               on a machine with a GPU
 #   bash benchmarks/on_a_gpu.sh OUT --rehearse    small, on a CPU, in some 8 minutes: shows beforehand that every part
@@ -38,7 +38,7 @@ else
     patience=1
     device=cuda
     sizes=()
-    few=()
+    few=(--steps 100)
     large=(--batch-size 64 --accum-steps 1)
 fi
 
@@ -66,9 +66,9 @@ speed=("$python" benchmarks/train_speed.py --data "$work/some.txt" --tokenizer "
 speed+=("${few[@]}")
 
 part tests 150 "$python" -m pytest -n 0 -m gpu -rs tests/test_gpu.py
-part speed_8x2 120 "${speed[@]}" --only hf-tuned not-folded ours
-part run 150 "$python" gpt2_tinystories.py --data "$work/stories.txt" --fraction 1 --tokenizer "$tokenizer" \
+part speed_8x2 180 "${speed[@]}" --only hf-tuned not-folded ours
+part run 300 "$python" gpt2_tinystories.py --data "$work/stories.txt" --fraction 1 --tokenizer "$tokenizer" \
     --device "$device" "${sizes[@]}" --checkpoints "$work/run" --plots "$out"
 part profile 60 "${speed[@]}" --only ours --rounds 1 --profile
-part speed_64x1 120 "${speed[@]}" "${large[@]}" --only hf-tuned not-folded ours
+part speed_64x1 180 "${speed[@]}" "${large[@]}" --only hf-tuned not-folded ours
 exit $failed

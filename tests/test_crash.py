@@ -353,6 +353,7 @@ def test_a_disk_that_is_really_full(small_disk, tiny):
     assert not list(small_disk.glob("checkpoints/*.tmp"))
 
 
+@pytest.mark.packages
 def test_a_disk_that_is_too_full_for_the_tokens_or_the_tokenizer_is_one_line(finished, tmp_path, tiny):
     """The libraries that write them have exceptions of their own."""
     size_of_tokens = max(path.stat().st_size for path in finished.glob("checkpoints/data/*.arrow"))

@@ -79,6 +79,16 @@ def test_files_with_openais_names_are_read(foreign, tmp_path):
     assert_equal_logits(project.load_checkpoint(folder), AutoModelForCausalLM.from_pretrained(folder).float())
 
 
+@pytest.mark.parametrize("part", ["c_attn.bias", "mlp.c_proj.bias", "ln_1.weight"])
+def test_a_checkpoint_that_lacks_a_part_is_refused(part, foreign, tmp_path):
+    def without(weights):
+        return {name: weight for name, weight in weights.items() if not name.endswith(part)}
+
+    folder = rewrite(foreign, tmp_path / "partial", without)
+    with pytest.raises(project.InputError, match=f"missing or unknown tensors, such as .*{part}"):
+        project.load_checkpoint(folder)
+
+
 def test_a_tuned_checkpoint_loads_in_transformers(foreign, workspace, capsys):
     project.main(f"{RUN} --init {foreign} --dropout 0.1".split())
     assert "tokens     4,608 to train; " in capsys.readouterr().out  # 72 stories cut at 64

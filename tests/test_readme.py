@@ -34,7 +34,7 @@ def test_every_command_line_of_the_readme_can_be_parsed():
     parsed = 0
     for line in commands():
         for script, module in (("gpt2_tinystories.py", project), ("gpt2_generate.py", gpt2_generate)):
-            if found := re.search(rf"(?:python|torchrun [\w -]+) {script}(.*?)(?:&&|#|$)", line):
+            if found := re.search(rf"(?:python|(?:torchrun|distributed.run) [\w -]+) {script}(.*?)(?:&&|#|$)", line):
                 project.parse(module.Settings, "", shlex.split(found[1]))
                 parsed += 1
     assert parsed >= 4

@@ -11,6 +11,8 @@ import pytest
 import gpt2_generate
 import gpt2_tinystories as project
 
+pytestmark = pytest.mark.packages
+
 ROOT = Path(project.__file__).parent
 
 
