@@ -19,8 +19,6 @@ from test_crash import start, wait_for
 
 import gpt2_tinystories as project
 
-pytestmark = pytest.mark.packages
-
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
 
 
@@ -97,6 +95,7 @@ def assert_same_figures(one, two):
         assert epoch["tokens"] == record["data"]["train_tokens"]
 
 
+@pytest.mark.packages
 def test_two_processes_learn_what_one_learns(pair, alone):
     assert_same_figures(pair, alone)
     assert output(pair, 1) == "" and "2 x cpu in fp32" in output(pair, 0)
@@ -138,6 +137,7 @@ def test_an_empty_batch_changes_nothing(model):
     assert not any(p.grad.any() for p in model.parameters() if p.requires_grad)
 
 
+@pytest.mark.packages
 def test_two_processes_learn_the_same_with_the_compiler(alone, tiny, tmp_path):
     """Their gradients are exchanged in parts while the backward pass goes on, and in the last step of an epoch one of
     them has no batch."""
@@ -186,6 +186,7 @@ def kill_after_step(n):
     project.update = dying
 
 
+@pytest.mark.packages
 def test_killed_processes_continue_like_unbroken_ones(tiny, pair, tmp_path):
     assert run_all(tmp_path, f"{tiny} --save-every 0", 2, kill_after_step, 2) == [-signal.SIGKILL] * 2
     assert run_all(tmp_path, f"{tiny} --save-every 0", 2) == [0, 0]
@@ -345,6 +346,7 @@ def test_torchrun_shows_a_mistake_in_one_line(wrong, tmp_path):
     assert f'File "{project.__file__}"' not in done.stderr
 
 
+@pytest.mark.packages
 def test_torchrun_trains(tiny, pair, tmp_path):
     command = [*TORCHRUN, str(free_port()), project.__file__, *tiny.split(), "--accum-steps", "2"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
