@@ -118,7 +118,7 @@ class Settings(Flags):
     epochs: int = flag(5, "passes over the training stories", *FROM_1)
     batch_size: int = flag(8, "stories in a batch, in each process", *FROM_1)
     accum_steps: int = flag(2, "batches accumulated in an optimizer step", *FROM_1)
-    learning_rate: float = flag(3e-4, "peak of AdamW; tenfold for embedding and head", *ABOVE_0)
+    learning_rate: float = flag(3e-4, "peak of AdamW; 10 x for embedding, 30 x for head", *ABOVE_0)
     muon_learning_rate: float = flag(0.02, "peak of Muon, for the layers' matrices", *ABOVE_0)
     warmup_steps: int = flag(100, "linear warm-up, at most a tenth; then decay", *AT_LEAST_0)
     weight_decay: float = flag(0.1, "weight decay of the matrices", *AT_LEAST_0)
@@ -848,8 +848,8 @@ def next_probabilities(logits, sampling):
 # --- Optimizers ---------------------------------------------------------------------------------
 
 def make_optimizers(model, settings, dtype):
-    """Muon for the layers' matrices, AdamW for the rest, at ten times the rate for embedding and
-    head. With --init AdamW alone, at one rate, as it has trained those weights."""
+    """Muon for the layers' matrices, AdamW for the rest, at higher rates for embedding and head.
+    With --init AdamW alone, at one rate, as it has trained those weights."""
     def group_of(weights, rate, decay=settings.weight_decay):
         return {"params": list(weights), "lr": rate, "peak_lr": rate, "weight_decay": decay}
 
@@ -861,11 +861,13 @@ def make_optimizers(model, settings, dtype):
     if settings.init:
         groups, muon_groups = [group_of(weights_of(model, n_dims=2), rate), vectors], []
     else:
-        embeddings = group_of((model.transformer.wte.weight, model.lm_head.weight), 10 * rate)
+        embedding = group_of([model.transformer.wte.weight], 10 * rate)
+        head = group_of([model.lm_head.weight], 30 * rate)
+        groups = [embedding, head, vectors]
         of_layers = [weights_of(block, n_dims=2) for block in model.transformer.h]
         of_same_place = zip(*of_layers, strict=True)  # the same matrix of every layer
-        groups = [embeddings, vectors]
         muon_groups = [group_of(some, settings.muon_learning_rate) for some in of_same_place]
+        muon_groups[0]["n_parts"] = 3  # the first, c_attn, is the matrices of q, k and v
 
     optimizers = {"adamw": torch.optim.AdamW(groups, betas=(0.9, 0.99), fused=True)}
     if muon_groups:
@@ -891,10 +893,11 @@ def schedule(step, n_steps, warmup_steps):
 class Muon(torch.optim.Optimizer):
     """Momentum made orthogonal, so that a matrix learns as fast in all directions (Jordan et al.,
     "Muon: An optimizer for hidden layers in neural networks", 2024). torch.optim.Muon computes in
-    bf16 alone, which is very slow on many CPUs. Each group is of matrices of one shape (M, N)."""
+    bf16 alone, which is very slow on many CPUs. Each group is of L matrices of one shape, which are
+    n_parts matrices (M, N) one below the other, each made orthogonal for itself."""
 
     def __init__(self, groups, dtype):
-        super().__init__(groups, {})
+        super().__init__(groups, {"momentum": 0.9, "n_parts": 1})
         self.dtype = dtype  # of the matrix products
         for weight in (weight for group in self.param_groups for weight in group["params"]):
             self.state[weight]["momentum"] = torch.zeros_like(weight)
@@ -905,11 +908,13 @@ class Muon(torch.optim.Optimizer):
             weights = group["params"]
             gradients = [weight.grad for weight in weights]
             momenta = [self.state[weight]["momentum"] for weight in weights]
-            torch._foreach_lerp_(momenta, gradients, 0.05)
-            ahead = torch._foreach_lerp(gradients, momenta, 0.95)  # Nesterov: one step ahead
+            torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+            ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov's
 
-            updates = orthogonalize(torch.stack(ahead), self.dtype).to(weights[0].dtype)
-            n_out, n_in = weights[0].shape
+            whole = torch.stack(ahead)
+            parts = whole.unflatten(1, (group["n_parts"], -1)).flatten(0, 1)  # (L * n_parts, M, N)
+            updates = orthogonalize(parts, self.dtype).to(whole.dtype).view_as(whole)
+            n_out, n_in = parts.shape[1:]
             rate = group["lr"] * math.sqrt(max(1, n_out / n_in))
             torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(weights, updates.unbind(), alpha=-rate)

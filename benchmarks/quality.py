@@ -119,14 +119,19 @@ def cooldown(*arguments):
     return share * min(1, 2 * (1 - done))
 
 
+def to_a_tenth(*arguments):
+    share, done = warmup(*arguments)
+    return share * (1 - 0.9 * done)
+
+
 def adamw_alone(factor=1):
     """AdamW for all, with a factor to the rate of embedding and head."""
 
     def make(model, settings, dtype):
         optimizers = project.make_optimizers(model, settings, dtype)
         adamw = optimizers["adamw"]
-        outer, vectors = adamw.param_groups
-        outer["lr"] = factor * settings.learning_rate
+        embedding, head, vectors = adamw.param_groups
+        embedding["lr"] = head["lr"] = factor * settings.learning_rate
         hidden = [weight for group in optimizers["muon"].param_groups for weight in group["params"]]
         adamw.add_param_group({"params": hidden, "lr": settings.learning_rate, "weight_decay": settings.weight_decay})
         return {"adamw": adamw}
@@ -142,8 +147,8 @@ def adamw_at_one_rate(model, settings, dtype):
 
 
 def other_groups(change):
-    """gpt2_tinystories.py's optimizers; change is given their groups: embedding and head, vectors, and those of hidden
-    matrices."""
+    """gpt2_tinystories.py's optimizers; change is given their groups: embedding, head, vectors, and those of hidden
+    matrices, of which the first is c_attn."""
 
     def make(model, settings, dtype):
         optimizers = project.make_optimizers(model, settings, dtype)
@@ -153,12 +158,20 @@ def other_groups(change):
     return make
 
 
-def outer_rate(factor):
-    return other_groups(lambda outer, vectors, *hidden: outer.update(lr=factor * outer["lr"]))
+def embedding_rate(factor):
+    return other_groups(lambda embedding, *others: embedding.update(lr=factor * embedding["lr"]))
+
+
+def head_rate(factor):
+    return other_groups(lambda embedding, head, *others: head.update(lr=factor * head["lr"]))
 
 
 def adam(**changes):
-    return other_groups(lambda outer, vectors, *hidden: [group.update(changes) for group in (outer, vectors)])
+    return other_groups(lambda *groups: [group.update(changes) for group in groups[:3]])
+
+
+def muon(**changes):
+    return other_groups(lambda *groups: [group.update(changes) for group in groups[3:]])
 
 
 def scaled(names, factor):
@@ -193,8 +206,8 @@ def with_positions(model, settings, dtype):
     """Learned positions, too, in the group of embedding and head."""
     optimizers = project.make_optimizers(model, settings, dtype)  # which refuses a weight that it does not know
     learned_positions(model)
-    outer, _ = optimizers["adamw"].param_groups
-    outer["params"].append(model.transformer.wpe.weight)
+    embedding, *_ = optimizers["adamw"].param_groups
+    embedding["params"].append(model.transformer.wpe.weight)
     return optimizers
 
 
@@ -221,28 +234,37 @@ RECIPES = {
     **{f"plain, {rate:g}": Recipe({"learning_rate": rate, "dropout": 0.1}, **PLAIN) for rate in (1e-3, 3e-3)},
     **{f"tuned-adamw, {rate:g}, {name}":
        Recipe({"learning_rate": rate}, change=learned_positions, optimizers=adamw_at_one_rate, schedule=schedule)
-       for rate in (3e-4, 1e-3, 2e-3, 3e-3) for name, schedule in (("linear", project.schedule), ("cosine", cosine))},
+       for rate in (3e-4, 1e-3, 2e-3, 3e-3, 5e-3)
+       for name, schedule in (("linear", project.schedule), ("cosine", cosine))},
+    **{f"tuned-adamw, {rate:g}, dropout 0.1":
+       Recipe({"learning_rate": rate, "dropout": 0.1}, change=learned_positions, optimizers=adamw_at_one_rate)
+       for rate in (1e-3, 2e-3, 3e-3, 5e-3)},
     "AdamW alone": Recipe(optimizers=adamw_alone()),
     "AdamW alone, dropout 0.1": Recipe({"dropout": 0.1}, optimizers=adamw_alone()),
     "AdamW alone, embedding and head x 10": Recipe(optimizers=adamw_alone(10)),
     **{f"AdamW alone, {rate:g}": Recipe({"learning_rate": rate}, optimizers=adamw_alone()) for rate in (1e-3, 3e-3)},
     **{f"learning rate {rate:g}": Recipe({"learning_rate": rate}) for rate in (1e-4, 6e-4, 1e-3, 3e-3)},
     **{f"Muon's rate {rate:g}": Recipe({"muon_learning_rate": rate}) for rate in (0.005, 0.01, 0.04)},
-    **{f"embedding and head x {factor}": Recipe(optimizers=outer_rate(factor / 10)) for factor in (1, 3, 30)},
+    **{f"embedding x {factor}": Recipe(optimizers=embedding_rate(factor / 10)) for factor in (1, 3, 20, 30)},
+    **{f"head x {factor}": Recipe(optimizers=head_rate(factor / 30)) for factor in (3, 10, 60)},
     "vectors x 10": Recipe(
-        optimizers=other_groups(lambda outer, vectors, *hidden: vectors.update(lr=10 * vectors["lr"]))),
+        optimizers=other_groups(lambda embedding, head, vectors, *hidden: vectors.update(lr=10 * vectors["lr"]))),
     **{f"warm-up {steps}": Recipe({"warmup_steps": steps}) for steps in (0, 20)},
     "constant rate": Recipe(schedule=constant),
     "cosine": Recipe(schedule=cosine),
     "cool-down over the last half": Recipe(schedule=cooldown),
+    "down to a tenth": Recipe(schedule=to_a_tenth),
     "beta2 0.95": Recipe(optimizers=adam(betas=(0.9, 0.95))),
     "beta2 0.999": Recipe(optimizers=adam(betas=(0.9, 0.999))),
     "beta1 0.8": Recipe(optimizers=adam(betas=(0.8, 0.99))),
     "epsilon 1e-10": Recipe(optimizers=adam(eps=1e-10)),
     "weight decay 0": Recipe({"weight_decay": 0.0}),
     "weight decay 0.3": Recipe({"weight_decay": 0.3}),
-    "no weight decay in Muon": Recipe(
-        optimizers=other_groups(lambda outer, vectors, *hidden: [group.update(weight_decay=0.0) for group in hidden])),
+    "no weight decay in Muon": Recipe(optimizers=muon(weight_decay=0.0)),
+    "no weight decay of the embedding": Recipe(
+        optimizers=other_groups(lambda embedding, *others: embedding.update(weight_decay=0.0))),
+    **{f"Muon's momentum {share}": Recipe(optimizers=muon(momentum=share)) for share in (0.85, 0.95)},
+    "c_attn in one part": Recipe(optimizers=muon(n_parts=1)),
     "no clipping": Recipe({"grad_clip": 1e9}),
     "dropout 0.1": Recipe({"dropout": 0.1}),
     "dropout 0.2": Recipe({"dropout": 0.2}),

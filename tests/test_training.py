@@ -289,8 +289,8 @@ def test_the_learning_rate_warms_up_and_decays_to_zero():
 
 def test_only_matrices_are_decayed(model):
     optimizers = project.make_optimizers(model, project.Settings(weight_decay=0.3), torch.float32)
-    outer, vectors, *inner = project.groups_of(optimizers)
-    for group in (outer, *inner):
+    embedding, head, vectors, *inner = project.groups_of(optimizers)
+    for group in (embedding, head, *inner):
         assert group["weight_decay"] == 0.3 and all(p.dim() == 2 for p in group["params"])
     assert vectors["weight_decay"] == 0 and all(p.dim() == 1 for p in vectors["params"])
 
@@ -328,23 +328,34 @@ def polar_factor(x):
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="PyTorch has a Muon since 2.9")
-@pytest.mark.parametrize("shape", [(96, 32), (32, 64), (48, 48)], ids=str)
-def test_muon_is_that_of_pytorch_but_for_the_iterations(shape, monkeypatch):
-    """Two matrices in one group, with the exact result of the iterations in both."""
+@pytest.mark.parametrize(
+    ("shape", "n_parts"), [((96, 32), 1), ((32, 64), 1), ((48, 48), 1), ((96, 32), 3), ((48, 32), 3)], ids=str)
+def test_muon_is_that_of_pytorch_but_for_the_iterations(shape, n_parts, monkeypatch):
+    """Two matrices in one group, with the exact result of the iterations in both. For PyTorch's, a part of a matrix is
+    a matrix."""
     monkeypatch.setattr(project, "orthogonalize", lambda x, dtype: polar_factor(x))
     monkeypatch.setattr("torch.optim._muon._zeropower_via_newtonschulz", lambda x, *_: polar_factor(x))
     ours = [torch.nn.Parameter(torch.randn(shape, dtype=torch.float64)) for _ in range(2)]
-    theirs = [torch.nn.Parameter(weight.detach().clone()) for weight in ours]
-    muon = project.Muon([{"params": ours, "lr": 0.1, "weight_decay": 0.01}], torch.float64)
-    reference = torch.optim.Muon(theirs, lr=0.1, weight_decay=0.01)
+    theirs = [torch.nn.Parameter(part.detach().clone()) for weight in ours for part in weight.chunk(n_parts)]
+    group = {"params": ours, "lr": 0.1, "weight_decay": 0.01}
+    muon = project.Muon([group | {"momentum": 0.8, "n_parts": n_parts}], torch.float64)
+    reference = torch.optim.Muon(theirs, lr=0.1, weight_decay=0.01, momentum=0.8)
     for _ in range(4):
-        for weight, twin in zip(ours, theirs, strict=True):
+        for weight in ours:
             weight.grad = torch.randn_like(weight)
-            twin.grad = weight.grad.clone()
+        for twin, part in zip(theirs, torch.cat([weight.grad for weight in ours]).chunk(len(theirs)), strict=True):
+            twin.grad = part.clone()
         muon.step()
         reference.step()
-    for weight, twin in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(weight, twin)
+    torch.testing.assert_close(torch.cat(ours), torch.cat(theirs))
+
+
+def test_q_k_and_v_are_made_orthogonal_apart_and_nothing_else_is(model):
+    muon = project.make_optimizers(model, project.Settings(), torch.float32)["muon"]
+    n_parts = {id(weight): group["n_parts"] for group in muon.param_groups for weight in group["params"]}
+    names = {name: n_parts.get(id(weight)) for name, weight in model.transformer.h.named_parameters()}
+    assert {name for name, n in names.items() if n == 3} == {f"{i}.attn.c_attn.weight" for i in range(2)}
+    assert sum(n == 1 for n in names.values()) == 6
 
 
 @pytest.mark.parametrize("size", [1.0, 1e-7, 1e7])
@@ -546,7 +557,7 @@ def test_changed_betas_take_effect_when_a_run_goes_on(interrupted, monkeypatch):
     monkeypatch.setattr("torch.optim.AdamW", Changed)
     monkeypatch.setattr(project, "update", spy)
     train()
-    assert betas == [[(0.6, 0.7)] * 2] * 5
+    assert betas == [[(0.6, 0.7)] * 3] * 5
 
 
 @pytest.mark.parametrize("broken", ["evaluate", "generate_text"])
@@ -851,7 +862,7 @@ def test_learning_rates_and_clipping_reach_the_optimizers(workspace, monkeypatch
             rates.append([group["lr"] for group in optimizer.param_groups])
             squares.append(sum(p.grad.square().sum().item() for g in optimizer.param_groups for p in g["params"]))
             if optimizer_class is torch.optim.AdamW:
-                _, lm_head = optimizer.param_groups[0]["params"]
+                (lm_head,) = optimizer.param_groups[1]["params"]
                 shared_squares.append(lm_head.grad[-1].square().sum().item())
             return step(optimizer, *arguments)
 
@@ -861,7 +872,7 @@ def test_learning_rates_and_clipping_reach_the_optimizers(workspace, monkeypatch
     spy(project.Muon)
     train("--grad-clip 0.01 --warmup-steps 1 --learning-rate 0.001 --muon-learning-rate 0.03")
     shares = [project.schedule(step, 10, 1) for step in range(10)]
-    assert rates[::2] == [pytest.approx([0.01 * share, 0.001 * share]) for share in shares]
+    assert rates[::2] == [pytest.approx([0.01 * share, 0.03 * share, 0.001 * share]) for share in shares]
     assert rates[1::2] == [pytest.approx([0.03 * share] * 4) for share in shares]
     more = project.fold_equal_rows(read_run()[0]).n_shared - 1  # tokens that have the gradient of the last row, too
     squares = zip(squares[::2], squares[1::2], shared_squares, strict=True)
