@@ -118,7 +118,7 @@ class Settings(Flags):
     epochs: int = flag(5, "passes over the training stories", *FROM_1)
     batch_size: int = flag(8, "stories in a batch, in each process", *FROM_1)
     accum_steps: int = flag(2, "batches accumulated in an optimizer step", *FROM_1)
-    learning_rate: float = flag(3e-4, "peak of AdamW; 10 x for embedding, 30 x for head", *ABOVE_0)
+    learning_rate: float = flag(3e-4, "peak of AdamW; higher for embedding and head", *ABOVE_0)
     muon_learning_rate: float = flag(0.02, "peak of Muon, for the layers' matrices", *ABOVE_0)
     warmup_steps: int = flag(100, "linear warm-up, at most a tenth; then decay", *AT_LEAST_0)
     weight_decay: float = flag(0.1, "weight decay of the matrices", *AT_LEAST_0)
@@ -862,22 +862,25 @@ def make_optimizers(model, settings, dtype):
         groups, muon_groups = [group_of(weights_of(model, n_dims=2), rate), vectors], []
     else:
         embedding = group_of([model.transformer.wte.weight], 10 * rate)
-        head = group_of([model.lm_head.weight], 30 * rate)
+        # n_embd weights change a logit at once: the more, the lower their rate (Yang et al.,
+        # "Tensor Programs V", 2022, table 8).
+        head = group_of([model.lm_head.weight], min(30, 7_680 / model.config.n_embd) * rate)
         groups = [embedding, head, vectors]
+
         of_layers = [weights_of(block, n_dims=2) for block in model.transformer.h]
         of_same_place = zip(*of_layers, strict=True)  # the same matrix of every layer
         muon_groups = [group_of(some, settings.muon_learning_rate) for some in of_same_place]
         muon_groups[0]["n_parts"] = 3  # the first, c_attn, is the matrices of q, k and v
 
+    check_that_all_are_trained(model, groups + muon_groups)
     optimizers = {"adamw": torch.optim.AdamW(groups, betas=(0.9, 0.99), fused=True)}
     if muon_groups:
         optimizers["muon"] = Muon(muon_groups, dtype)
-    check_that_all_are_trained(model, optimizers)
     return optimizers
 
-def check_that_all_are_trained(model, optimizers):
-    """A weight of no optimizer never learns, and its gradient clips the others'."""
-    times = Counter(id(weight) for group in groups_of(optimizers) for weight in group["params"])
+def check_that_all_are_trained(model, groups):
+    """A weight of no group never learns, and its gradient clips the others'."""
+    times = Counter(id(weight) for group in groups for weight in group["params"])
     for name, weight in model.named_parameters():
         if weight.requires_grad and times[id(weight)] != 1:
             raise ValueError(f"make_optimizers puts {name} into {times[id(weight)]} groups, not 1")
@@ -914,6 +917,7 @@ class Muon(torch.optim.Optimizer):
             whole = torch.stack(ahead)
             parts = whole.unflatten(1, (group["n_parts"], -1)).flatten(0, 1)  # (L * n_parts, M, N)
             updates = orthogonalize(parts, self.dtype).to(whole.dtype).view_as(whole)
+
             n_out, n_in = parts.shape[1:]
             rate = group["lr"] * math.sqrt(max(1, n_out / n_in))
             torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])

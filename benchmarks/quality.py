@@ -245,8 +245,8 @@ RECIPES = {
     **{f"AdamW alone, {rate:g}": Recipe({"learning_rate": rate}, optimizers=adamw_alone()) for rate in (1e-3, 3e-3)},
     **{f"learning rate {rate:g}": Recipe({"learning_rate": rate}) for rate in (1e-4, 6e-4, 1e-3, 3e-3)},
     **{f"Muon's rate {rate:g}": Recipe({"muon_learning_rate": rate}) for rate in (0.005, 0.01, 0.04)},
-    **{f"embedding x {factor}": Recipe(optimizers=embedding_rate(factor / 10)) for factor in (1, 3, 20, 30)},
-    **{f"head x {factor}": Recipe(optimizers=head_rate(factor / 30)) for factor in (3, 10, 60)},
+    **{f"embedding's rate x {factor:g}": Recipe(optimizers=embedding_rate(factor)) for factor in (0.1, 0.3, 2, 3)},
+    **{f"head's rate x {factor:g}": Recipe(optimizers=head_rate(factor)) for factor in (0.1, 0.33, 2)},
     "vectors x 10": Recipe(
         optimizers=other_groups(lambda embedding, head, vectors, *hidden: vectors.update(lr=10 * vectors["lr"]))),
     **{f"warm-up {steps}": Recipe({"warmup_steps": steps}) for steps in (0, 20)},

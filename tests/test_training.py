@@ -312,7 +312,6 @@ def test_a_weight_of_another_shape_than_all_others_is_not_forgotten(init, model)
         project.make_optimizers(model, project.Settings(init=init), torch.float32)
 
 
-@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
 @pytest.mark.parametrize("twin", ["lm_head", "transformer.h.1.mlp.c_fc"])  # of AdamW, too; of Muon
 def test_a_weight_that_would_be_trained_twice_a_step_is_an_error_by_its_name(twin, tokenizer):
     model = project.GPT(make_config(tokenizer), tokenizer)
@@ -348,6 +347,15 @@ def test_muon_is_that_of_pytorch_but_for_the_iterations(shape, n_parts, monkeypa
         muon.step()
         reference.step()
     torch.testing.assert_close(torch.cat(ours), torch.cat(theirs))
+
+
+@pytest.mark.parametrize(("n_embd", "rate"), [(64, 0.03), (256, 0.03), (768, 0.01), (1536, 0.005)])
+def test_a_wider_head_learns_more_slowly(n_embd, rate, tokenizer):
+    model = project.GPT(make_config(tokenizer, n_embd=n_embd), tokenizer)
+    optimizers = project.make_optimizers(model, project.Settings(learning_rate=0.001), torch.float32)
+    rates = {id(weight): group["lr"] for group in project.groups_of(optimizers) for weight in group["params"]}
+    assert rates[id(model.lm_head.weight)] == pytest.approx(rate)
+    assert rates[id(model.transformer.wte.weight)] == pytest.approx(0.01)
 
 
 def test_q_k_and_v_are_made_orthogonal_apart_and_nothing_else_is(model):
