@@ -158,12 +158,9 @@ def other_groups(change):
     return make
 
 
-def embedding_rate(factor):
-    return other_groups(lambda embedding, *others: embedding.update(lr=factor * embedding["lr"]))
-
-
-def head_rate(factor):
-    return other_groups(lambda embedding, head, *others: head.update(lr=factor * head["lr"]))
+def rate_of(name, factor):
+    i = ("embedding", "head", "vectors").index(name)
+    return other_groups(lambda *groups: groups[i].update(lr=factor * groups[i]["lr"]))
 
 
 def adam(**changes):
@@ -245,10 +242,9 @@ RECIPES = {
     **{f"AdamW alone, {rate:g}": Recipe({"learning_rate": rate}, optimizers=adamw_alone()) for rate in (1e-3, 3e-3)},
     **{f"learning rate {rate:g}": Recipe({"learning_rate": rate}) for rate in (1e-4, 6e-4, 1e-3, 3e-3)},
     **{f"Muon's rate {rate:g}": Recipe({"muon_learning_rate": rate}) for rate in (0.005, 0.01, 0.04)},
-    **{f"embedding's rate x {factor:g}": Recipe(optimizers=embedding_rate(factor)) for factor in (0.1, 0.3, 2, 3)},
-    **{f"head's rate x {factor:g}": Recipe(optimizers=head_rate(factor)) for factor in (0.1, 0.33, 2)},
-    "vectors x 10": Recipe(
-        optimizers=other_groups(lambda embedding, head, vectors, *hidden: vectors.update(lr=10 * vectors["lr"]))),
+    **{f"{name}'s rate x {factor:g}": Recipe(optimizers=rate_of(name, factor))
+       for name, factors in (("embedding", (0.1, 0.3, 2, 3)), ("head", (0.1, 0.33, 2))) for factor in factors},
+    "vectors x 10": Recipe(optimizers=rate_of("vectors", 10)),
     **{f"warm-up {steps}": Recipe({"warmup_steps": steps}) for steps in (0, 20)},
     "constant rate": Recipe(schedule=constant),
     "cosine": Recipe(schedule=cosine),
