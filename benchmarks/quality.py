@@ -200,7 +200,7 @@ def learned_positions(model):
 
 
 def with_positions(model, settings, dtype):
-    """Learned positions, too, in the group of embedding and head."""
+    """Learned positions, too, in the group of the embedding."""
     optimizers = project.make_optimizers(model, settings, dtype)  # which refuses a weight that it does not know
     learned_positions(model)
     embedding, *_ = optimizers["adamw"].param_groups
@@ -225,16 +225,16 @@ class ZLoss(nn.Module):
 
 PLAIN = {"model": Plain, "optimizers": plain_optimizers, "schedule": lambda *arguments: 1, "batches": random_batches,
          "plain": True}
+TUNED = {"change": learned_positions, "optimizers": adamw_at_one_rate}
 RECIPES = {
     "plain": Recipe({"dropout": 0.1}, **PLAIN),
     "ours": Recipe(),
     **{f"plain, {rate:g}": Recipe({"learning_rate": rate, "dropout": 0.1}, **PLAIN) for rate in (1e-3, 3e-3)},
     **{f"tuned-adamw, {rate:g}, {name}":
-       Recipe({"learning_rate": rate}, change=learned_positions, optimizers=adamw_at_one_rate, schedule=schedule)
+       Recipe({"learning_rate": rate}, schedule=schedule, **TUNED)
        for rate in (3e-4, 1e-3, 2e-3, 3e-3, 5e-3)
        for name, schedule in (("linear", project.schedule), ("cosine", cosine))},
-    **{f"tuned-adamw, {rate:g}, dropout 0.1":
-       Recipe({"learning_rate": rate, "dropout": 0.1}, change=learned_positions, optimizers=adamw_at_one_rate)
+    **{f"tuned-adamw, {rate:g}, dropout 0.1": Recipe({"learning_rate": rate, "dropout": 0.1}, **TUNED)
        for rate in (1e-3, 2e-3, 3e-3, 5e-3)},
     "AdamW alone": Recipe(optimizers=adamw_alone()),
     "AdamW alone, dropout 0.1": Recipe({"dropout": 0.1}, optimizers=adamw_alone()),
@@ -256,7 +256,7 @@ RECIPES = {
     "epsilon 1e-10": Recipe(optimizers=adam(eps=1e-10)),
     "weight decay 0": Recipe({"weight_decay": 0.0}),
     "weight decay 0.3": Recipe({"weight_decay": 0.3}),
-    "no weight decay in Muon": Recipe(optimizers=muon(weight_decay=0.0)),
+    **{f"Muon's weight decay {decay:g}": Recipe(optimizers=muon(weight_decay=decay)) for decay in (0.0, 0.05, 0.2)},
     "no weight decay of the embedding": Recipe(
         optimizers=other_groups(lambda embedding, *others: embedding.update(weight_decay=0.0))),
     **{f"Muon's momentum {share}": Recipe(optimizers=muon(momentum=share)) for share in (0.85, 0.95)},
