@@ -862,15 +862,16 @@ def make_optimizers(model, settings, dtype):
         groups, muon_groups = [group_of(weights_of(model, n_dims=2), rate), vectors], []
     else:
         embedding = group_of([model.transformer.wte.weight], 10 * rate)
-        # n_embd weights change a logit at once: the more, the lower their rate (Yang et al.,
-        # "Tensor Programs V", 2022, table 8).
+        # A step of all n_embd weights of a logit changes it more in a wider model, so that the rate
+        # falls with the width (Yang et al., "Tensor Programs V", 2022, table 3), here beyond 256.
         head = group_of([model.lm_head.weight], min(30, 7_680 / model.config.n_embd) * rate)
         groups = [embedding, head, vectors]
 
-        of_layers = [weights_of(block, n_dims=2) for block in model.transformer.h]
-        of_same_place = zip(*of_layers, strict=True)  # the same matrix of every layer
-        muon_groups = [group_of(some, settings.muon_learning_rate) for some in of_same_place]
-        muon_groups[0]["n_parts"] = 3  # the first, c_attn, is the matrices of q, k and v
+        muon_groups = []
+        for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
+            of_layers = [block.get_submodule(name).weight for block in model.transformer.h]
+            n_parts = 3 if name == "attn.c_attn" else 1  # the matrices of q, k and v
+            muon_groups += [group_of(of_layers, settings.muon_learning_rate) | {"n_parts": n_parts}]
 
     check_that_all_are_trained(model, groups + muon_groups)
     optimizers = {"adamw": torch.optim.AdamW(groups, betas=(0.9, 0.99), fused=True)}
@@ -894,10 +895,11 @@ def schedule(step, n_steps, warmup_steps):
     return min((step + 1) / (warmup + 1), (n_steps - step) / (n_steps - warmup))
 
 class Muon(torch.optim.Optimizer):
-    """Momentum made orthogonal, so that a matrix learns as fast in all directions (Jordan et al.,
-    "Muon: An optimizer for hidden layers in neural networks", 2024). torch.optim.Muon computes in
-    bf16 alone, which is very slow on many CPUs. Each group is of L matrices of one shape, which are
-    n_parts matrices (M, N) one below the other, each made orthogonal for itself."""
+    """The mean of the last gradients, with all its singular values made about 1: directions that
+    are rare in the gradients are learned as fast as common ones (Jordan et al., "Muon: An optimizer
+    for hidden layers in neural networks", 2024). Each group is of L matrices of one shape, which
+    are n_parts matrices (M, N) one below the other, each made orthogonal for itself.
+    torch.optim.Muon computes in bf16 alone, which is very slow on many CPUs."""
 
     def __init__(self, groups, dtype):
         super().__init__(groups, {"momentum": 0.9, "n_parts": 1})
@@ -912,12 +914,14 @@ class Muon(torch.optim.Optimizer):
             gradients = [weight.grad for weight in weights]
             momenta = [self.state[weight]["momentum"] for weight in weights]
             torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-            ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov's
+            # Nesterov's: the mean as if the same gradient had come once more.
+            ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])
 
             whole = torch.stack(ahead)
             parts = whole.unflatten(1, (group["n_parts"], -1)).flatten(0, 1)  # (L * n_parts, M, N)
-            updates = orthogonalize(parts, self.dtype).to(whole.dtype).view_as(whole)
+            updates = orthogonalize(parts, self.dtype).to(whole.dtype).reshape(whole.shape)
 
+            # In a matrix of more rows than columns, a row would change less.
             n_out, n_in = parts.shape[1:]
             rate = group["lr"] * math.sqrt(max(1, n_out / n_in))
             torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])

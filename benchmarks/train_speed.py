@@ -80,10 +80,12 @@ class Stopwatch:
 @cache
 def muon_flops(model):
     """Those of Muon's products in a step."""
-    matrices = [weight for weight in model.transformer.h.parameters() if weight.dim() == 2]
+    muon = project.make_optimizers(model, project.Settings(), torch.float32)["muon"]
     with FlopCounterMode(display=False) as counter:
-        for weight in matrices:
-            project.orthogonalize(torch.empty(1, *weight.shape, device="meta"), torch.float32)
+        for group in muon.param_groups:
+            n_parts, (n_out, n_in) = group["n_parts"], group["params"][0].shape
+            parts = torch.empty(len(group["params"]) * n_parts, n_out // n_parts, n_in, device="meta")
+            project.orthogonalize(parts, torch.float32)
     return counter.get_total_flops()
 
 

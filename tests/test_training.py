@@ -328,11 +328,18 @@ def polar_factor(x):
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="PyTorch has a Muon since 2.9")
 @pytest.mark.parametrize(
-    ("shape", "n_parts"), [((96, 32), 1), ((32, 64), 1), ((48, 48), 1), ((96, 32), 3), ((48, 32), 3)], ids=str)
+    ("shape", "n_parts"), [((96, 32), 1), ((32, 64), 1), ((48, 48), 1), ((96, 32), 3), ((48, 32), 3), ((192, 32), 3)],
+    ids=str)
 def test_muon_is_that_of_pytorch_but_for_the_iterations(shape, n_parts, monkeypatch):
     """Two matrices in one group, with the exact result of the iterations in both. For PyTorch's, a part of a matrix is
     a matrix."""
-    monkeypatch.setattr(project, "orthogonalize", lambda x, dtype: polar_factor(x))
+    orthogonalize = project.orthogonalize
+
+    def exact(x, dtype):
+        like_ours = torch.empty_strided(x.shape, orthogonalize(x, dtype).stride(), dtype=x.dtype)
+        return like_ours.copy_(polar_factor(x))
+
+    monkeypatch.setattr(project, "orthogonalize", exact)
     monkeypatch.setattr("torch.optim._muon._zeropower_via_newtonschulz", lambda x, *_: polar_factor(x))
     ours = [torch.nn.Parameter(torch.randn(shape, dtype=torch.float64)) for _ in range(2)]
     theirs = [torch.nn.Parameter(part.detach().clone()) for weight in ours for part in weight.chunk(n_parts)]
@@ -356,6 +363,21 @@ def test_a_wider_head_learns_more_slowly(n_embd, rate, tokenizer):
     rates = {id(weight): group["lr"] for group in project.groups_of(optimizers) for weight in group["params"]}
     assert rates[id(model.lm_head.weight)] == pytest.approx(rate)
     assert rates[id(model.transformer.wte.weight)] == pytest.approx(0.01)
+
+
+def test_the_constants_of_the_recipe(model):
+    optimizers = project.make_optimizers(model, project.Settings(muon_learning_rate=0.5), torch.float32)
+    assert all(group["betas"] == (0.9, 0.99) for group in optimizers["adamw"].param_groups)
+    assert all(group["momentum"] == 0.9 and group["lr"] == 0.5 for group in optimizers["muon"].param_groups)
+
+
+def test_a_model_that_was_trained_by_adamw_learns_at_one_rate(model):
+    settings = project.Settings(init="gpt2", learning_rate=0.001, weight_decay=0.3)
+    optimizers = project.make_optimizers(model, settings, torch.float32)
+    assert list(optimizers) == ["adamw"]
+    for group in project.groups_of(optimizers):
+        assert group["lr"] == 0.001
+        assert all(group["weight_decay"] == (0.3 if weight.dim() == 2 else 0) for weight in group["params"])
 
 
 def test_q_k_and_v_are_made_orthogonal_apart_and_nothing_else_is(model):
