@@ -344,7 +344,7 @@ def train(name, seed, base, device, precision, n_points=20, n_scored=None):
 
 def fixed(settings):
     """The settings that change the results, as a .json has them."""
-    may_change = project.MAY_CHANGE - {"data", "tokenizer", "precision"}
+    may_change = project.MAY_CHANGE - {"data", "tokenizer", "precision", "accum_steps"}
     return {name: value for name, value in asdict(settings).items() if name not in may_change}
 
 
