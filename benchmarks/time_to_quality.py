@@ -2,6 +2,7 @@
 
     python benchmarks/time_to_quality.py
     python benchmarks/time_to_quality.py --minutes 10 40 --seeds 1 2 3 --data stories
+    python benchmarks/time_to_quality.py --minutes 2 --only ours
 
 Other flags are those of gpt2_tinystories.py. All three train a model of the same sizes (with a head of its own weights)
 on the same stories with the same tokenizer, 8 x 2 stories a step, in the same --precision. It is meant for a CPU.
@@ -10,13 +11,14 @@ ours     gpt2_tinystories.py as it is, without torch.compile
 trainer  GPT2LMHeadModel and Trainer as a careful person sets them up: torch.compile (not with --compile off), the very
          batches of ours, padding left out and <|endoftext|> learned, no dropout, the fused AdamW with β 0.9 and 0.99,
          no decay of biases and LayerNorms, warm-up and linear decay to zero, and for each number of minutes the best of
-         three peak rates, chosen on the stories that it is then scored on. It multiplies all rows of the vocabulary.
+         --rates, chosen on the stories that it is then scored on. It multiplies all rows of the vocabulary.
 naive    `plain` of quality.py, with the first seed
 
 How long a step takes is measured first, and each run takes as many steps as should fit into its minutes: its learning
 rate has come down when they are over. What they really took is in the table: the training alone, without the
 preparation of the stories, without scores, and without the steps in which trainer compiles. Each run is a process of
-its own, and nothing else should run beside. It leaves a .json in --out, and is not repeated while that is there.
+its own, and nothing else should run beside. It leaves a .json in --out, and is not repeated while that is there; table
+and picture are made from all of them.
 
 The perplexity is that of the own tokens of 200 held-out stories, without <|endoftext|>, which `naive` never learns.
 """
@@ -37,8 +39,8 @@ from common import make_parser
 
 import gpt2_tinystories as project
 
-RATES = 5e-4, 1e-3, 2e-3  # of trainer
-N_MEASURED = 30  # steps
+CONTESTANTS = "ours", "trainer", "naive"
+N_MEASURED = 12  # steps
 N_POINTS, N_SCORED = 4, 25  # of a curve; batches of held-out stories
 
 
@@ -152,6 +154,8 @@ def main():
     parser = make_parser(__doc__)
     parser.add_argument("--minutes", nargs="+", type=float, default=[2.5, 12.5], help="of training")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2], help="of ours and trainer")
+    parser.add_argument("--rates", nargs="+", type=float, default=[5e-4, 1e-3, 2e-3], help="peak rates of trainer")
+    parser.add_argument("--only", nargs="+", choices=CONTESTANTS, default=CONTESTANTS, help="contestants")
     parser.add_argument("--out", type=Path, default=Path("quality_time"), help="folder of the results")
     options, rest = parser.parse_known_args()
     options.rest = ["--fraction", "1", "--epochs", "1000", *rest]
@@ -160,24 +164,24 @@ def main():
     options.settings = quality.fixed(settings)
     quality.prepare(settings)
     first, *others = options.seeds
-    names = {"ours": [0.0], "trainer": RATES, "naive": [0.0]}
+    names = {name: options.rates if name == "trainer" else [0.0] for name in options.only}
     step_seconds = {}
     for name, rates in names.items():
         (step, *_, seconds), *_, (last_step, *_, last_seconds) = result(options, name, 0.0, first, rates[0])["curve"]
         step_seconds[name] = (last_seconds - seconds) / (last_step - step)  # without the first, slow ones
-    runs = []
     for minutes in options.minutes:
         for name, rates in names.items():
             n_steps = max(N_POINTS, round(60 * minutes / step_seconds[name]))
             tried = [result(options, name, minutes, first, rate, n_steps) for rate in rates]
             best = min(tried, key=lambda run: run["own"])["rate"]
-            if name == "trainer" and best in (min(rates), max(rates)):
+            if len(rates) > 1 and best in (min(rates), max(rates)):
                 print(f"the best rate, {best:g}, is at the edge of those tried: another may be better", flush=True)
             seeds = () if name == "naive" else others
             tried += [result(options, name, minutes, seed, best, n_steps) for seed in seeds]
             # The first measurement is a short one, and may have been disturbed.
             step_seconds[name] = min(step_seconds[name], *(run["seconds"] / run["steps"] for run in tried))
-            runs += tried
+    results = [json.loads(file.read_text(encoding="utf-8")) for file in options.out.glob("*.json")]
+    runs = [figures for figures in results if figures["budget"]]
     report(runs, options)
     draw(options.out / "curves.png", best_runs(runs))
 

@@ -66,11 +66,13 @@ def test_time_to_quality(quality, workspace, texts, monkeypatch, capsys):
 
     (workspace / "stories.txt").write_text("<|endoftext|>".join(texts))
     monkeypatch.setattr(time_to_quality, "in_a_process", lambda function, *arguments: function(*arguments))
-    arguments = f"--data stories.txt --tokenizer bpe:400 {SIZES} --device cpu --compile off --minutes 1e-4"
-    monkeypatch.setattr(sys, "argv", ["time_to_quality.py", *arguments.split()])
-    time_to_quality.main()
-    rows = [line.split("|")[2].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("| 0.0001")]
-    assert rows == ["naive", "ours", "ours", *["trainer"] * 4]
+    shared = f"--data stories.txt --tokenizer bpe:400 {SIZES} --device cpu --compile off --rates 1e-3 2e-3"
+    for arguments in ("--minutes 1e-4", "--minutes 2e-4 --only ours"):
+        monkeypatch.setattr(sys, "argv", ["time_to_quality.py", *shared.split(), *arguments.split()])
+        time_to_quality.main()
+    last_table = capsys.readouterr().out.rpartition("|---|\n")[2]
+    rows = [tuple(cell.strip() for cell in line.split("|")[1:3]) for line in last_table.splitlines() if "|" in line]
+    assert rows == [("0.0001", name) for name in ("naive", "ours", "ours", *["trainer"] * 3)] + [("0.0002", "ours")] * 2
     assert Path("quality_time", "curves.png").stat().st_size > 0
 
     def run(name, minutes, perplexity, rate=0.0, seed=1):
