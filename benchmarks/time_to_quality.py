@@ -206,6 +206,8 @@ def report(runs, options):
               f"{math.exp(run['own']):.2f} | {run['seconds'] / 60:.2f} |")
     mean = {key: statistics.fmean(run["own"] for run in group) for key, group in best_runs(runs).items()}
     took = {key: statistics.fmean(run["seconds"] for run in group) for key, group in best_runs(runs).items()}
+    if "ours" not in {name for name, _ in mean}:
+        return
     for (name, budget), own in mean.items():
         if name == "ours":
             continue
