@@ -434,9 +434,7 @@ def main():
     device, precision = project.pick_device(settings.device, settings.precision)
     for name in ("jobs", "points"):
         project.require(getattr(options, name) >= 1, name, getattr(options, name), "must be at least 1")
-    for result in read_results(options.out):
-        if result["settings"] != fixed(settings):
-            raise project.InputError(f"{options.out} holds results of other settings; take another --out")
+    read_results(options.out, fixed(settings))
     prepare(settings)  # once, before many do
     runs = [(name, seed) for seed in options.seeds for name in options.only]
     runs = [(name, seed) for name, seed in runs if not (options.out / f"{name}, seed {seed}.json").exists()]
@@ -445,17 +443,20 @@ def main():
         futures = [pool.submit(work, *run, settings, device, precision, threads, options) for run in runs]
         for future in as_completed(futures):
             future.result()
-    report(options.out)
+    report(options.out, fixed(settings))
 
 
-def read_results(out):
+def read_results(out, settings):
+    """The figures of all runs in a folder, which have to be of these settings."""
     results = [json.loads(file.read_text(encoding="utf-8")) for file in out.glob("*.json")]
+    if any(result["settings"] != settings for result in results):
+        raise project.InputError(f"{out} holds results of other settings; take another --out")
     return sorted(results, key=lambda result: result["seed"])
 
 
-def report(out):
+def report(out, settings):
     runs_of = {}
-    for result in read_results(out):
+    for result in read_results(out, settings):
         runs_of.setdefault(result["recipe"], []).append(result)
     keys = "own", "all", "bits_per_byte", "seconds"
     mean = {name: {key: statistics.fmean(run[key] for run in runs) for key in keys} for name, runs in runs_of.items()}

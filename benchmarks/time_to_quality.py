@@ -144,10 +144,7 @@ def result(options, name, minutes, seed, rate=0.0, n_steps=N_MEASURED):
         figures |= {"name": name, "rate": rate, "budget": minutes, "seed": seed, "settings": options.settings}
         file.with_suffix(".tmp").write_text(json.dumps(figures, indent=1), encoding="utf-8")
         file.with_suffix(".tmp").replace(file)
-    figures = json.loads(file.read_text(encoding="utf-8"))
-    if figures["settings"] != options.settings:
-        raise project.InputError(f"{options.out} holds results of other settings; take another --out")
-    return figures
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def main():
@@ -162,6 +159,7 @@ def main():
     settings = project.parse(project.Settings, "", [*options.rest, "--checkpoints", str(options.out)])
     options.device, options.precision = project.pick_device(settings.device, settings.precision)
     options.settings = quality.fixed(settings)
+    quality.read_results(options.out, options.settings)
     quality.prepare(settings)
     first, *others = options.seeds
     names = {name: options.rates if name == "trainer" else [0.0] for name in options.only}
@@ -180,8 +178,7 @@ def main():
             tried += [result(options, name, minutes, seed, best, n_steps) for seed in seeds]
             # The first measurement is a short one, and may have been disturbed.
             step_seconds[name] = min(step_seconds[name], *(run["seconds"] / run["steps"] for run in tried))
-    results = [json.loads(file.read_text(encoding="utf-8")) for file in options.out.glob("*.json")]
-    runs = [figures for figures in results if figures["budget"]]
+    runs = [figures for figures in quality.read_results(options.out, options.settings) if figures["budget"]]
     report(runs, options)
     draw(options.out / "curves.png", best_runs(runs))
 
